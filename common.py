@@ -1,0 +1,723 @@
+"""Data in, data out: what the method files share, and nothing of any method.
+
+Out      `fail`, atomic files, the run folder, signals, the progress bar, curves, pictures.
+Device   image operations on whole batches; every image has its own random draw.
+In       `Data` finds a set (built in, torchvision's, a folder) and holds it in memory or streams
+         it; `batches` cuts random or central crops out of it.
+
+Images are float32 (N, 3, H, W) in [0, 1] on the device, uint8 where they are stored.
+"""
+
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torchvision import datasets
+
+try:
+    from tqdm import tqdm
+except ImportError:  # then there is a line per epoch and no bar
+    tqdm = None
+
+# ==================================================================================================
+# What goes out
+# ==================================================================================================
+
+
+def fail(message):
+    """End the program with one sentence on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from low to high, both included."""
+
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number, {kind.__name__} from {low:g} to {high:g}:"  # argparse: "invalid ..."
+    return parse
+
+
+def write(path, content):
+    """Write text, or torch.save anything else; no reader and no crash ever meets half a file."""
+    part = Path(f"{path}.part")
+    part.write_text(content) if isinstance(content, str) else torch.save(content, part)
+    os.replace(part, path)
+
+
+def write_rows(path, rows):
+    """Dicts as JSON lines."""
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def short(row):
+    """The figures of an evaluation on one line."""
+    top1 = [f"{k.removesuffix('_top1')} {row[k]:.1f} %" for k in row if k.endswith("top1")]
+    return ", ".join(top1 + [row["verdict"]])
+
+
+def read_checkpoint(path):
+    """The dict in a file of tensors and plain Python, on the CPU; exit code 2 where there is none."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path} does not exist")
+    except Exception as error:  # cut short, or a pickle that wants to run code
+        fail(f"{path} is no checkpoint of tensors and plain values ({type(error).__name__})")
+    return found if isinstance(found, dict) else fail(f"{path} holds no dict of weights")
+
+
+def save(path, method, args, state, progress):
+    """All a run needs to go on: options, what `state` holds (modules, optimisers, tensors), counters."""
+    held = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+    options = {"method": method} | vars(args)
+    write(path, {"method": method, "args": options, "state": held, "progress": progress})
+
+
+def restore(path, method, args, state):
+    """Load what `save` wrote into state -> progress. Options that shape the run must be the same."""
+    saved, now = read_checkpoint(path), {"method": method} | vars(args)
+    free = "resume out device data_dir workers memory_limit compile eval_every knn_k knn_tau".split()
+    for k in [k for k in now if k not in free and now[k] != saved["args"].get(k)]:
+        fail(f"--resume: {path} was begun with {k} {saved['args'].get(k)}, not {now[k]}")
+    for k, value in saved["state"].items():
+        if isinstance(value, torch.Tensor):
+            state[k].copy_(value)
+        elif value:  # a GradScaler that is off has nothing to say
+            state[k].load_state_dict(value)
+    return saved["progress"]
+
+
+def run_folder(out, resume, rank):
+    """The folder to write to. One that holds a run is left alone: the next run takes -2, -3, ..."""
+    folder, n = Path(out), 1
+    if resume and not (folder / "last.pt").exists():
+        fail(f"--resume: no last.pt in {out}; name the folder of the interrupted run with --out")
+    if resume and (folder / "results.json").exists():
+        fail(f"--resume: the run in {out} is finished; drop --resume to start another")
+    while not resume and any((folder / f).exists() for f in ("last.pt", "results.json")):
+        folder, n = Path(f"{out}-{n + 1}"), n + 1
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Stop:
+    """While it is open, SIGTERM and SIGINT set `signal`; a second one ends the program."""
+
+    def __enter__(self):
+        self.signal, kinds = 0, (signal.SIGTERM, signal.SIGINT)
+        self.handlers = {kind: signal.signal(kind, self.catch) for kind in kinds}
+        return self
+
+    def catch(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self, device):
+        """The signal that this or, under torchrun, any process has caught, 0 for none."""
+        caught = torch.tensor(self.signal, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(caught, dist.ReduceOp.MAX)
+        return int(caught)
+
+    def __exit__(self, *_):
+        for kind, handler in self.handlers.items():
+            signal.signal(kind, handler)
+
+
+class Bar:
+    """Iterate over `items` with a bar on a terminal; counts `seconds` and those spent `waiting`."""
+
+    def __init__(self, items, total, first, title):
+        self.items, self.waiting, self.start = items, 0.0, time.perf_counter()
+        silent = tqdm is None or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+        how = dict(total=total, initial=first, desc=title, unit="step", leave=False)
+        self.bar = None if silent else tqdm(**how)
+
+    def __iter__(self):
+        tick = time.perf_counter()
+        for item in self.items:
+            self.waiting += time.perf_counter() - tick
+            yield item
+            tick = time.perf_counter()
+            if self.bar:
+                self.bar.update()
+        if self.bar:
+            self.bar.close()
+
+    def say(self, text):
+        if self.bar:
+            self.bar.set_postfix_str(text, refresh=False)
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+
+def duration(seconds):
+    """90 -> '1:30', 4000 -> '1:06:40'."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+
+
+def peak_memory_mb(device):
+    """Peak of CUDA's allocator, elsewhere of the whole process, in MB; nan where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def curves(path, rows, panels):
+    """A PNG of rows (dicts with "epoch") by epoch; panels: title -> keys. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    for ax, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for key in keys:
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            ax.plot(*zip(*points) if points else ((), ()), ".-", label=key.replace("_", " "))
+        ax.set(title=title, xlabel="epoch")
+        ax.legend(fontsize=8)
+    figure.savefig(f"{path}.part", format="png")
+    os.replace(f"{path}.part", path)
+
+
+def picture(path, columns, size=96):
+    """A PNG with a row per image: columns is a list of (N, 3, H, W) in [0, 1]."""
+    tiles = [F.interpolate(c.float().cpu(), size=(max(size, c.shape[-1]),) * 2) for c in columns]
+    tiles = torch.stack([F.pad(t, (0, 4, 0, 4), value=1.0) for t in tiles], 1)
+    rows = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (N*H, columns*W, 3)
+    image = Image.fromarray((rows.clamp(0, 1) * 255).round().byte().numpy())
+    image.save(f"{path}.part", format="png")
+    os.replace(f"{path}.part", path)
+
+
+# ==================================================================================================
+# Image operations: x (N, 3, H, W) in [0, 1] -> same, drawn from the device's global generator
+# ==================================================================================================
+
+
+def uniform(low, high, shape, device):
+    return torch.rand(shape, device=device) * (high - low) + low
+
+
+def chance(x, p):
+    """(N, 1, 1, 1) bool, true with probability p, one draw per image of x."""
+    return torch.rand(len(x), 1, 1, 1, device=x.device) < p
+
+
+def random_boxes(sizes, scale, ratio, tries=10):
+    """RandomResizedCrop's boxes: sizes (N, 2) height, width -> (N, 4) top, left, height, width.
+
+    An area of scale[0] to scale[1] of the image with a log-uniform aspect in ratio, the first of
+    `tries` that fits; where none does, the largest central box within ratio, as torchvision.
+    """
+    shape, device = (len(sizes), tries), sizes.device
+    H, W = sizes.float().split(1, dim=1)  # (N, 1)
+    area = uniform(*scale, shape, device) * H * W
+    aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), shape, device).exp()
+    w, h = (area * aspect).sqrt().round().clamp(min=1), (area / aspect).sqrt().round().clamp(min=1)
+    fits = (w <= W) & (h <= H)
+    first, found = fits.byte().argmax(1, keepdim=True), fits.any(1, keepdim=True)
+    w = torch.where(found, w.gather(1, first), W.minimum((H * ratio[1]).round()).clamp(min=1))
+    h = torch.where(found, h.gather(1, first), H.minimum((W / ratio[0]).round()).clamp(min=1))
+    room = torch.cat([H - h, W - w], 1)
+    corner = (torch.rand(room.shape, device=device) * (room + 1)).floor().minimum(room)
+    return torch.cat([torch.where(found, corner, (room / 2).floor()), h, w], 1)
+
+
+def central_boxes(sizes, share):
+    """The central square of `share` times the shorter side: sizes (N, 2) -> boxes (N, 4)."""
+    side = (sizes.amin(1, keepdim=True) * share).round().clamp(min=1).expand(-1, 2)
+    return torch.cat([((sizes - side) / 2).floor(), side], 1)
+
+
+def resize_weights(start, length, out, size):
+    """(N, out, size): row o weighs the pixels [start, start + length) of a line for output pixel o.
+
+    A triangle, as wide as an output pixel where it shrinks: resize(antialias=True) of torchvision.
+    """
+    start, scale = start.view(-1, 1, 1), (length / out).view(-1, 1, 1)
+    pixel = torch.arange(size, device=start.device) + 0.5
+    centre = start + (torch.arange(out, device=start.device).view(1, -1, 1) + 0.5) * scale
+    w = (1 - ((pixel - centre) / scale.clamp(min=1)).abs()).clamp(min=0)
+    w = w * ((pixel > start) & (pixel < start + scale * out))
+    return w / w.sum(2, keepdim=True)
+
+
+def crop_resize(x, boxes, out):
+    """Each image's box (N, 4) of whole pixels resized to (out, out): two matrix products."""
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], out, x.shape[2])  # (N, out, H)
+    cols = resize_weights(boxes[:, 1], boxes[:, 3], out, x.shape[3])  # (N, out, W)
+    return rows.unsqueeze(1) @ x @ cols.unsqueeze(1).mT
+
+
+def flip(x, p):
+    return torch.where(chance(x, p), x.flip(3), x)
+
+
+def to_grey(x):
+    """(N, 3, H, W) -> (N, 1, H, W), torchvision's weights."""
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def grey(x, p):
+    return torch.where(chance(x, p), to_grey(x), x)
+
+
+def turn_hue(x, shift):
+    """Hue moved by shift (N, 1, 1, 1) of a full turn: adjust_hue, through value, chroma, hue."""
+    value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+    (r, g, b), c = x.split(1, 1), chroma.clamp(min=1e-12)
+    green_or_blue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
+    hue = torch.where(value == r, (g - b) / c, green_or_blue) + 6 * shift  # in sixths of a turn
+    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + hue) % 6
+    return value - chroma * k.minimum(4 - k).clamp(0, 1)
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, p):
+    """torchvision's ColorJitter, own factors and own order of the four per image, probability p.
+
+    Brightness, contrast and saturation are blends with black, the mean grey and the grey image.
+    Hue is the dear one: a random quarter of the batch each takes it first, second, third or last.
+    """
+    n, device, on = len(x), x.device, chance(x, p)
+    most = torch.tensor([brightness, contrast, saturation], device=device).view(3, 1, 1, 1, 1)
+    factor = torch.where(on, (1 + uniform(-1, 1, (3, n, 1, 1, 1), device) * most).clamp(min=0), 1.0)
+    shift = torch.where(on, uniform(-hue, hue, (n, 1, 1, 1), device), 0.0)
+    order = torch.rand(3, n, 1, 1, 1, device=device).argsort(0)
+    shuffle = torch.randperm(n, device=device)
+    x = x[shuffle]
+    for turn in range(4):
+        part = slice(n * turn // 4, n * (turn + 1) // 4)
+        x[part] = turn_hue(x[part], shift[part])
+        if turn < 3:
+            kind, f, g = order[turn], factor.gather(0, order[turn : turn + 1])[0], to_grey(x)
+            black_or_mean = torch.where(kind == 0, 0.0, g.mean((2, 3), keepdim=True))
+            x = torch.lerp(torch.where(kind == 2, g, black_or_mean), x, f).clamp(0, 1)
+    return torch.empty_like(x).index_copy_(0, shuffle, x)
+
+
+def blur(x, sigma, taps, p):
+    """Gaussian blur with sigma in a range of pixels, `taps` (odd) wide, edges reflected."""
+    s = torch.where(chance(x, p), uniform(*sigma, (len(x), 1, 1, 1), x.device), 1e-3).view(-1, 1)
+    offset = torch.arange(taps, device=x.device) - taps // 2
+    k = torch.exp(-0.5 * (offset / s) ** 2)  # (N, taps); sigma 1e-3 leaves the image as it is
+
+    def band(length):  # (N, 1, length, length): the convolution of a line as a matrix
+        to = (torch.arange(length, device=x.device).unsqueeze(1) + offset).abs()
+        to = (length - 1 - (length - 1 - to).abs()).expand(len(x), -1, -1)
+        weights = (k / k.sum(1, keepdim=True)).unsqueeze(1).expand_as(to)
+        return x.new_zeros(len(x), length, length).scatter_add_(2, to, weights).unsqueeze(1)
+
+    return band(x.shape[2]) @ x @ band(x.shape[3]).mT
+
+
+# ==================================================================================================
+# The built-in set
+# ==================================================================================================
+
+# Inside or outside, in coordinates of about -1 to 1, x to the right, y up.
+SHAPES = {
+    "disc": lambda x, y: x**2 + y**2 < 0.72,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) < 0.76,
+    "triangle": lambda x, y: (y > -0.65) & (1.75 * x.abs() + y < 0.95),
+    "star": lambda x, y: _star(x, y),
+    "cross": lambda x, y: (torch.minimum(x.abs(), y.abs()) < 0.28) & (torch.maximum(x.abs(), y.abs()) < 0.92),
+    "ring": lambda x, y: (x**2 + y**2 < 0.85) & (x**2 + y**2 > 0.26),
+    "heart": lambda x, y: ((1.2 * x) ** 2 + (1.2 * y + 0.15) ** 2 - 0.85) ** 3 < (1.2 * x) ** 2 * (1.2 * y + 0.15) ** 3,
+    "moon": lambda x, y: (x**2 + y**2 < 0.85) & ((x - 0.42) ** 2 + (y - 0.12) ** 2 > 0.5),
+    "arrow": lambda x, y: ((y > -0.05) & (x.abs() + 0.95 * y < 0.9)) | ((x.abs() < 0.27) & (y.abs() < 0.9) & (y < 0)),
+    "tee": lambda x, y: ((x.abs() < 0.85) & ((y - 0.62).abs() < 0.26)) | ((x.abs() < 0.26) & (y < 0.5) & (y > -0.9)),
+}
+
+
+def _star(x, y):
+    angle = (torch.atan2(x, y) / (2 * math.pi / 5)).frac().abs()  # 0 and 1 at a point, 0.5 between two
+    angle = torch.minimum(angle, 1 - angle) * (2 * math.pi / 5)
+    r, inner = torch.hypot(x, y), 0.42
+    u, v = r * torch.cos(angle), r * torch.sin(angle)  # folded: the edge runs from (1, 0) to the inner corner
+    cx, cy = inner * math.cos(math.pi / 5), inner * math.sin(math.pi / 5)
+    return (u - 1) * cy - v * (cx - 1) < 0
+
+
+def shapes(n, size, seed):
+    """n generated images of upright objects: images (n, 3, size, size) uint8, labels (n,), masks and depth (n, size, size).
+
+    The class is the shape. Three objects of it, of different size and distance, stand before a quiet background, tilted
+    by at most 25 degrees and lit from above. The material (plain, striped, dotted) is drawn for each image whatever the
+    class, and the hue follows the material, not the class. Depth is 0 (near) to 1 (far).
+    """
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
+    labels = torch.randperm(n, generator=g) % len(SHAPES)
+    images, masks, depths = torch.empty(n, 3, size, size, dtype=torch.uint8), [], []
+    fine = (torch.arange(2 * size) + 0.5) / size - 1  # 2 x 2 samples a pixel
+    px, py = fine.view(1, 1, -1), -fine.view(1, -1, 1)
+    masks, depths = torch.empty(n, size, size, dtype=torch.bool), torch.empty(n, size, size)
+    pool = lambda t: torch.nn.functional.avg_pool2d(t, 2)  # noqa: E731
+    for part in (labels == c).nonzero().squeeze(1).split(256) if False else _chunks(labels):
+        m, inside = len(part), list(SHAPES.values())[int(labels[part[0]])]
+        one = lambda low, high: rand(m, 1, 1) * (high - low) + low  # noqa: E731
+        tone, slope = one(0.62, 0.72), one(0.02, 0.08)
+        back = (tone + slope * py).expand(m, 2 * size, 2 * size)  # lighter towards the top
+        picture = back.unsqueeze(1).repeat(1, 3, 1, 1)
+        depth = (0.75 + 0.25 * py).expand(m, 2 * size, 2 * size).clone()
+        mask = torch.zeros(m, 2 * size, 2 * size, dtype=torch.bool)
+        material = (rand(m, 1, 1) * 3).long()
+        hue = (material / 3 + one(-0.05, 0.05)) % 1
+        colour = _rgb(hue)  # (m, 3, 1, 1)
+        turn = one(0, 2 * math.pi)
+        for k in range(OBJECTS):  # far to near
+            near = (k + one(0, 1)) / OBJECTS
+            radius = R0 + R1 * near
+            angle = turn + 2 * math.pi * k / OBJECTS + one(-0.4, 0.4)
+            reach = SPREAD + one(-0.08, 0.08)
+            cx, cy, tilt = reach * angle.cos(), reach * angle.sin(), one(-25, 25) * math.pi / 180
+            dx, dy = (px - cx) / radius, (py - cy) / radius
+            x, y = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
+            here = inside(x, y)
+            pattern = torch.where(material == 1, (8 * y).sin().sign(), torch.where(material == 2, ((7 * x).sin() * (7 * y).sin()).sign(), 0.0))
+            light = (0.5 + 0.14 * dy + 0.07 * pattern).unsqueeze(1) * colour
+            picture = torch.where(here.unsqueeze(1), light, picture)
+            depth = torch.where(here, 0.5 - 0.4 * near - 0.05 * (1 - dx**2 - dy**2).clamp(min=0), depth)
+            mask |= here
+        picture = pool(picture) + 0.02 * torch.randn(m, 3, size, size, generator=g)
+        images[part] = (picture.clamp(0, 1) * 255).round().byte()
+        masks[part], depths[part] = pool(mask[:, None].float())[:, 0] >= 0.5, pool(depth[:, None])[:, 0]
+    return images, labels, masks, depths
+
+TRAIN_SHAPES, TEST_SHAPES = 4096, 2000
+OBJECTS, R0, R1, SPREAD = 3, 0.36, 0.12, 0.48
+
+def _rgb(hue):
+    """(m, 1, 1) in turns -> (m, 3, 1, 1), full value, medium saturation"""
+    k = (torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + 6 * hue.unsqueeze(1)) % 6
+    return 1 - 0.45 * torch.minimum(k, 4 - k).clamp(0, 1)
+
+def _chunks(labels):
+    for c in range(len(SHAPES)):
+        yield from (labels == c).nonzero().squeeze(1).split(256)
+
+
+# ==================================================================================================
+# What comes in: a set, found by name or folder
+# ==================================================================================================
+
+SETS = {  # torchvision's class, what names its training and its test split, shorter side in pixels
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}, 32),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}, 32),
+    "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}, 28),
+    "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "test"}, 96),
+    "imagenette": ("Imagenette", {"split": "train", "size": "160px"}, {}, 160),
+}
+SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+@dataclass
+class Images:
+    """N images: labels (N,) int64, -1 unknown, and either files, or on the device pixels (N, 3, H, W)
+    uint8, smaller images padded at the right and the bottom, with sizes (N, 2) height, width."""
+
+    labels: torch.Tensor
+    pixels: torch.Tensor = None
+    sizes: torch.Tensor = None
+    files: list = None
+    unreadable: set = field(default_factory=set)
+
+
+class Data:
+    """A set by name (`shapes`, a key of SETS) or folder. A folder is PATH/train/<class>/* with
+    PATH/{val,validation} and PATH/test in the same form, or any tree of images, without labels.
+
+    parts: train, val, test -> (items, labels), items being files, uint8 arrays (N, H, W[, 3]) or,
+    for shapes, a number. Where there is no validation split it is a fixed tenth of the labelled
+    training images. limit: the first so many training images of a fixed shuffle, and at most as many
+    test images. side: the shorter side of its images in pixels, None for any.
+    """
+
+    def __init__(self, name, root="data", limit=None):
+        self.side, self.parts = None, {}
+        if name == "shapes":
+            counts = {"train": TRAIN_SHAPES, "test": TEST_SHAPES}
+            self.parts = {k: (min(n, limit or n), None) for k, n in counts.items()}
+            return
+        if name in SETS:
+            self._torchvision(name, Path(root))
+        elif Path(name).is_dir():
+            self._folder(Path(name))
+        else:
+            fail(f"--dataset {name} is neither a folder nor one of shapes, {', '.join(SETS)}")
+        for split, (items, labels) in self.parts.items() if limit else ():
+            keep = self._shuffle(len(items))[:limit]
+            self.parts[split] = [items[i] for i in keep], labels[keep]
+
+    def _shuffle(self, n):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+    def _torchvision(self, name, root):
+        kind, *splits, self.side = SETS[name]
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if not first:
+            dist.barrier()  # until the first process has downloaded it
+        try:
+            sets = [getattr(datasets, kind)(root, download=True, **split) for split in splits]
+        except Exception as error:
+            fail(f"{name} is not in {root}/ and cannot be downloaded ({error}); fetch it where there "
+                 f"is a network and copy {root}/, or give --dataset a folder of images")
+        if first and dist.is_initialized():
+            dist.barrier()
+        if name == "imagenette":
+            return self._folder(root / "imagenette2-160")
+        for split, (images, labels) in zip(("train", "test"), (zip(*s) for s in sets)):
+            self.parts[split] = [np.asarray(image) for image in images], torch.tensor(labels)
+
+    def _folder(self, root):
+        def images(folder):
+            return sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+
+        top = root / "train" if (root / "train").is_dir() else root
+        classes = sorted(d.name for d in top.iterdir() if d.is_dir()) if top != root else []
+        for split, names in (("train", "train"), ("val", "val validation"), ("test", "test")):
+            folder = next((root / n for n in names.split() if (root / n).is_dir()), None)
+            if classes and folder:
+                found = [(f, c) for c, name in enumerate(classes) for f in images(folder / name)]
+                self.parts[split] = [f for f, _ in found], torch.tensor([c for _, c in found])
+        if not classes:  # one tree, no labels
+            files = images(top)
+            self.parts["train"] = files, torch.full((len(files),), -1)
+        files, labels = self.parts["train"]
+        if not files:
+            fail(f"no images in {top}, neither as <class>/* nor below; formats: {' '.join(SUFFIXES)}")
+        if classes and "test" not in self.parts and "val" in self.parts:
+            self.parts["test"] = self.parts.pop("val")  # ImageNet: its validation split is the test
+        elif classes and "test" not in self.parts:
+            order, cut = self._shuffle(len(files)), -(-len(files) // 10)
+            for split, index in (("test", order[:cut]), ("train", order[cut:])):
+                self.parts[split] = [files[i] for i in index], labels[index]
+            print(f"{root} has no test folder: a tenth of the training images is held out as test")
+        self.side = int(np.median(_sizes(files).min(1)))
+
+    def read(self, *how):
+        """Read the training images as `train`; `fit` and `val` are (images, index) for probes."""
+        self.how, self.train = how, self.load("train", *how)
+        known = (self.train.labels >= 0).nonzero().squeeze(1)
+        pool = known if len(known) else torch.arange(len(self.train.labels))
+        pool, tenth = pool[self._shuffle(len(pool))], -(-len(pool) // 10)
+        self.val, self.fit = (self.train, pool[:tenth]), (self.train, pool[tenth:])
+        if "val" in self.parts:
+            images = self.load("val", *how)
+            self.val, self.fit = (images, torch.arange(len(images.labels))), (self.train, known)
+
+    @property
+    def labelled(self):
+        return bool((self.train.labels >= 0).any())
+
+    @functools.cached_property
+    def test(self):
+        """(images, index) of the test split, read when first asked for."""
+        images = self.load("test", *self.how)
+        return images, torch.arange(len(images.labels))
+
+    def load(self, split, size, device, memory_gb, workers):
+        """The Images of a split: on the device if they take at most memory_gb, else as files.
+
+        In memory an image is kept with a longer side of at most four times `size`.
+        """
+        items, labels = self.parts[split]
+        if isinstance(items, int):
+            made, labels, _, _ = shapes(items, size, seed=int(split == "test"))
+            items = made.permute(0, 2, 3, 1).numpy()
+        elif isinstance(items[0], str):
+            H, W = np.minimum(_sizes(items), 4 * size).max(0)
+            need = len(items) * 3 * H * W / 2**30
+            if need > memory_gb:
+                print(f"{split}: {len(items):,} images take {need:.2g} GB decoded, over --memory-limit "
+                      f"{memory_gb:g}: streamed by {workers} worker processes")
+                return Images(labels, files=list(items))
+            with ProcessPoolExecutor(max(workers, 1)) as pool:
+                read = list(pool.map(_read, items, [4 * size] * len(items), chunksize=64))
+            warn_unreadable([f for f, image in zip(items, read) if image is None])
+            good = [i for i, image in enumerate(read) if image is not None]
+            if not good:
+                fail(f"none of the {len(read)} image files of the {split} split can be read")
+            items, labels = [read[i] for i in good], labels[good]
+        sizes = torch.tensor([image.shape[:2] for image in items])
+        pixels = torch.zeros(len(items), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+        for p, image in zip(pixels, items):
+            image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)  # grey: one channel
+            p[:, : image.shape[1], : image.shape[2]] = image
+        return Images(labels, pixels.to(device), sizes.to(device))
+
+
+def warn_unreadable(files):
+    if files:
+        shown = ", ".join(files[:5]) + ", ..." * (len(files) > 5)
+        print(f"unreadable and skipped: {len(files)} image file(s): {shown}")
+
+
+# ==================================================================================================
+# What comes in: files
+# ==================================================================================================
+
+
+def rgb(image):
+    """A Pillow image of any kind -> 8-bit RGB, upright, transparent pixels on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip
+        a = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray(np.uint8(a * 255 / max(255, 65535 * (a.max() > 255))))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _read(file, most):
+    """(H, W, 3) uint8 with a longer side of at most `most`, None where it cannot be read."""
+    try:
+        image = Image.open(file)
+        image.draft("RGB", (most, most))
+        image = rgb(image)
+        image.thumbnail((most, most), Image.BILINEAR)
+        return np.asarray(image)
+    except Exception:  # a broken file raises whatever its decoder likes
+        return None
+
+
+def _sizes(files, most=256):
+    """(n, 2) height, width from the headers of about `most` files spread over the list."""
+    found = []
+    for file in files[:: -(-len(files) // most)]:
+        try:
+            found.append(Image.open(file).size[::-1])
+        except Exception:
+            continue
+    return np.array(found or [(64, 64)])
+
+
+# ==================================================================================================
+# What comes in: batches of crops
+# ==================================================================================================
+
+
+class Crop(NamedTuple):
+    """`count` views of size x size pixels: random boxes with area share and aspect in the ranges
+    scale and ratio; without a ratio, the central square of `scale` times the shorter side."""
+
+    size: int
+    scale: float | tuple
+    ratio: tuple = None
+    count: int = 1
+
+    def boxes(self, sizes):
+        if self.ratio is None:
+            return central_boxes(sizes, self.scale)
+        return random_boxes(sizes, self.scale, self.ratio)
+
+
+def reseed(*numbers):
+    """Seed all generators of the process from integers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+def batches(images, order, size, crops, device, workers=0, seed=None, first=0):
+    """Yield (views, index) for `order` (indices into images) cut into batches of `size`.
+
+    views: for every crop and each of its count, float (B, 3, S, S) in [0, 1]. seed, a tuple: batch i
+    and all that is drawn while it is in use depend on (*seed, first + i) alone.
+    """
+    chunks = order.split(size)
+    stream = _stream(images, chunks, crops, device, workers, seed) if images.files else None
+    for i, index in enumerate(chunks):
+        if stream:
+            views, index = next(stream)
+            views = [v.to(device, non_blocking=True).movedim(3, 1).float() / 255 for v in views]
+        if seed is not None:
+            reseed(*seed, first + i)
+        if not stream:
+            x, sizes = images.pixels[index.to(device)].float() / 255, images.sizes[index.to(device)]
+            views = [crop_resize(x, c.boxes(sizes), c.size) for c in crops for _ in range(c.count)]
+        yield views, index
+
+
+def _stream(images, chunks, crops, device, workers, seed):
+    def collate(items):
+        views, index, bad = zip(*items)
+        return [torch.from_numpy(np.stack(v)) for v in zip(*views)], torch.tensor(index), bad
+
+    loader = torch.utils.data.DataLoader(
+        _Files(images.files, crops, seed), batch_sampler=[c.tolist() for c in chunks],
+        num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent)
+    for views, index, bad in loader:
+        bad = set().union(*bad) - images.unreadable
+        warn_unreadable(sorted(bad))
+        images.unreadable |= bad
+        yield views, index
+
+
+def _leave_signals_to_the_parent(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Files(torch.utils.data.Dataset):
+    """i -> the crops of file i as uint8 (S, S, 3), i, unreadable files; for those the next stands in."""
+
+    def __init__(self, files, crops, seed):
+        self.files, self.crops, self.seed = files, crops, seed
+
+    def __getitem__(self, i):
+        bad = []
+        while len(bad) < len(self.files):
+            try:
+                return self.views(i), i, bad
+            except Exception:  # a broken file raises whatever its decoder likes
+                bad.append(self.files[i])
+                i = (i + 1) % len(self.files)
+        raise RuntimeError(f"none of the {len(bad)} image files can be read")
+
+    def views(self, i):
+        if self.seed is not None:
+            reseed(*self.seed, i)
+        image = Image.open(self.files[i])
+        turned = image.getexif().get(0x0112, 1) > 4
+        width, height = image.size[::-1] if turned else image.size
+        sizes = torch.tensor([[height, width]])
+        boxes = [(c.size, *box) for c in self.crops
+                 for box in c.boxes(sizes.expand(c.count, 2)).tolist()]
+        need = max(size / min(h, w) for size, _, _, h, w in boxes)
+        image.draft("RGB", [math.ceil(need * s) for s in image.size])  # JPEG: decode no more than that
+        image = rgb(image)
+        f = image.width / width
+        return [np.asarray(image.resize((size, size), Image.BILINEAR,
+                                        (f * x, f * y, f * (x + w), f * (y + h))))
+                for size, y, x, h, w in boxes]
