@@ -8,7 +8,6 @@ In       `Data` finds a set (built in, torchvision's, a folder) and holds it in 
 Images are float32 (N, 3, H, W) in [0, 1] on the device, uint8 where they are stored.
 """
 
-import functools
 import json
 import math
 import os
@@ -17,7 +16,9 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,10 @@ try:
     from tqdm import tqdm
 except ImportError:  # then there is a line per epoch and no bar
     tqdm = None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # ==================================================================================================
 # What goes out
@@ -67,14 +72,8 @@ def write_rows(path, rows):
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def short(row):
-    """The figures of an evaluation on one line."""
-    top1 = [f"{k.removesuffix('_top1')} {row[k]:.1f} %" for k in row if k.endswith("top1")]
-    return ", ".join(top1 + [row["verdict"]])
-
-
 def read_checkpoint(path):
-    """The dict in a file of tensors and plain Python, on the CPU; exit code 2 where there is none."""
+    """The dict in a file of tensors and plain Python, on the CPU; exit code 2 without one."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -85,14 +84,14 @@ def read_checkpoint(path):
 
 
 def save(path, method, args, state, progress):
-    """All a run needs to go on: options, what `state` holds (modules, optimisers, tensors), counters."""
+    """All a run needs to go on: options, state (modules, optimisers, tensors by name), counters."""
     held = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
     options = {"method": method} | vars(args)
     write(path, {"method": method, "args": options, "state": held, "progress": progress})
 
 
 def restore(path, method, args, state):
-    """Load what `save` wrote into state -> progress. Options that shape the run must be the same."""
+    """Load what `save` wrote into state -> progress. The options that shape a run must match."""
     saved, now = read_checkpoint(path), {"method": method} | vars(args)
     free = "resume out device data_dir workers memory_limit compile eval_every knn_k knn_tau".split()
     for k in [k for k in now if k not in free and now[k] != saved["args"].get(k)]:
@@ -103,6 +102,17 @@ def restore(path, method, args, state):
         elif value:  # a GradScaler that is off has nothing to say
             state[k].load_state_dict(value)
     return saved["progress"]
+
+
+def load_into(module, weights, path):
+    """Copy tensors into a module by name and say what fits; exit code 2 where some are missing."""
+    own = module.state_dict()
+    fits = {k: w for k, w in weights.items() if k in own and w.shape == own[k].shape}
+    missing, extra = [[k for k in a if k not in b] for a, b in ((own, fits), (weights, own))]
+    print(f"{path}: {len(fits)} tensors loaded, missing {missing or 0}, unexpected {extra or 0}")
+    if any(not k.endswith("num_batches_tracked") for k in missing):  # those are not in old files
+        fail(f"{path} holds another network; give the options of the model it was trained with")
+    module.load_state_dict(fits, strict=False)
 
 
 def run_folder(out, resume, rank):
@@ -117,6 +127,31 @@ def run_folder(out, resume, rank):
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def setup(device=None, amp="auto"):
+    """Device, number of this process (rank) and of all (world), autocast and its dtype or None.
+
+    Under torchrun it joins the other processes; only the first one prints. amp auto: bf16 on GPUs
+    that have it, fp16 on others, off elsewhere.
+    """
+    rank, world, local = (int(os.environ.get(k, 0)) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    name = device or (there + ["cpu"])[0]
+    if name not in there + ["cpu"]:
+        fail(f"--device {name}: here there is {', '.join(there + ['cpu'])}")
+    cuda, auto = name == "cuda", None
+    device = torch.device(name, local if cuda else None)
+    if cuda:
+        torch.cuda.set_device(device)
+        auto = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    cast = partial(torch.autocast, "cuda" if cuda else "cpu", dtype, enabled=dtype is not None)
+    return SimpleNamespace(device=device, rank=rank, world=max(world, 1), dtype=dtype, autocast=cast)
 
 
 class Stop:
@@ -145,28 +180,26 @@ class Stop:
 
 
 class Bar:
-    """Iterate over `items` with a bar on a terminal; counts `seconds` and those spent `waiting`."""
+    """Iterate over items, with a bar on a terminal; counts `seconds` and those spent `waiting`."""
 
     def __init__(self, items, total, first, title):
         self.items, self.waiting, self.start = items, 0.0, time.perf_counter()
-        silent = tqdm is None or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+        shown = tqdm and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         how = dict(total=total, initial=first, desc=title, unit="step", leave=False)
-        self.bar = None if silent else tqdm(**how)
+        self.bar = tqdm(**how) if shown else SimpleNamespace(
+            update=lambda: None, close=lambda: None, set_postfix_str=lambda text, refresh: None)
 
     def __iter__(self):
         tick = time.perf_counter()
         for item in self.items:
             self.waiting += time.perf_counter() - tick
             yield item
+            self.bar.update()
             tick = time.perf_counter()
-            if self.bar:
-                self.bar.update()
-        if self.bar:
-            self.bar.close()
+        self.bar.close()
 
     def say(self, text):
-        if self.bar:
-            self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(text, refresh=False)
 
     @property
     def seconds(self):
@@ -180,15 +213,11 @@ def duration(seconds):
 
 
 def peak_memory_mb(device):
-    """Peak of CUDA's allocator, elsewhere of the whole process, in MB; nan where unknown."""
+    """Peak of CUDA's allocator, elsewhere of the whole process, in MB (nan on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
-        return math.nan
-    import resource
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
+    return usage / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def curves(path, rows, panels):
@@ -535,11 +564,21 @@ class Data:
             images = self.load("val", *how)
             self.val, self.fit = (images, torch.arange(len(images.labels))), (self.train, known)
 
+    def epoch(self, number, first, batch_size, crops, run, seed):
+        """Batches of a shuffled pass over the training images from batch `first` on; with several
+        processes each has its part of every batch. run: device, rank, world."""
+        steps, mix = len(self.train.labels) // batch_size, torch.Generator()
+        mix.manual_seed(seed * 2**20 + number)
+        order = torch.randperm(len(self.train.labels), generator=mix)
+        order = order[: steps * batch_size].view(steps, run.world, -1)[first:, run.rank]
+        return batches(self.train, order.flatten(), order.shape[1], crops, run.device, self.how[-1],
+                       (seed, number, run.rank), first)
+
     @property
     def labelled(self):
         return bool((self.train.labels >= 0).any())
 
-    @functools.cached_property
+    @cached_property
     def test(self):
         """(images, index) of the test split, read when first asked for."""
         images = self.load("test", *self.how)
@@ -552,7 +591,7 @@ class Data:
         """
         items, labels = self.parts[split]
         if isinstance(items, int):
-            made, labels, _, _ = shapes(items, size, seed=int(split == "test"))
+            made, labels, _, _ = shapes(items, size, seed=["train", "test"].index(split))
             items = made.permute(0, 2, 3, 1).numpy()
         elif isinstance(items[0], str):
             H, W = np.minimum(_sizes(items), 4 * size).max(0)

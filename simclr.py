@@ -37,7 +37,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -51,19 +50,18 @@ import common
 # Options
 # ==================================================================================================
 
-RECIPES = {  # by data; an option overrides an entry. lr is for a batch of 256 and grows with it
+RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
-    "shapes": dict(arch="resnet10", stem="7x7", image_size=32, min_scale=0.3, strength=0.5, blur=0.0,
-                   tau=0.2, dim=128, epochs=12, batch_size=64, optimizer="sgd", lr=0.4,
+    "shapes": dict(arch="resnet10", stem="7x7", image_size=32, min_scale=0.3, strength=0.5,
+                   blur=0.0, tau=0.2, dim=128, epochs=12, batch_size=64, optimizer="sgd", lr=0.4,
                    weight_decay=1e-4),
-    # images up to 64 pixels: CIFAR-10 (paper, Appendix B.9: no blur, strength 0.5)
-    "small": dict(arch="resnet18", stem="3x3", image_size=64, min_scale=0.08, strength=0.5, blur=0.0,
-                  tau=0.2, dim=128, epochs=200, batch_size=512, optimizer="sgd", lr=0.3,
+    # images up to 64 pixels: no blur, half the strength, as for CIFAR-10 (Appendix B.9)
+    "small": dict(arch="resnet18", stem="3x3", image_size=64, min_scale=0.08, strength=0.5,
+                  blur=0.0, tau=0.2, dim=128, epochs=200, batch_size=512, optimizer="sgd", lr=0.3,
                   weight_decay=1e-4),
-    # larger: the paper's ImageNet setting on one GPU, lr = 0.075 sqrt(batch) (Appendix B.1);
-    # the paper's own is --batch-size 4096 --lr 0.3
-    "large": dict(arch="resnet50", stem="7x7", image_size=224, min_scale=0.08, strength=1.0, blur=0.5,
-                  tau=0.1, dim=128, epochs=100, batch_size=256, optimizer="lars", lr=1.2,
+    # larger ones: ImageNet on one GPU, lr 0.075 sqrt(batch) (B.1). The paper: batch 4096, lr 0.3
+    "large": dict(arch="resnet50", stem="7x7", image_size=224, min_scale=0.08, strength=1.0,
+                  blur=0.5, tau=0.1, dim=128, epochs=100, batch_size=256, optimizer="lars", lr=1.2,
                   weight_decay=1e-6),
 }
 ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -79,17 +77,17 @@ def options(argv=None):
     o = p.add_argument_group("run").add_argument
     o("--seed", type=whole(0), default=0, help="of weights, order and random draws (0)")
     o("--device", help="cuda, mps or cpu (the first there is)")
-    o("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the networks (auto)")
+    o("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile network and augmentation")
     o("--out", help="output folder (runs/simclr-<dataset>-s<seed>)")
     o("--resume", action="store_true", help="go on with the interrupted run in --out")
     o = p.add_argument_group("data").add_argument
-    o("--dataset", default="shapes", help=f"shapes (default), {', '.join(common.SETS)}, or a folder")
+    o("--dataset", default="shapes", help="shapes, a torchvision set or a folder (shapes)")
     o("--data-dir", default="data", help="where downloaded sets are kept (data)")
     o("--limit", type=whole(1), help="use only so many training images (all)")
     o("--image-size", type=whole(8), help="side of a view in pixels")
-    o("--workers", type=whole(0), default=os.cpu_count(), help="processes that read files (all cores)")
-    o("--memory-limit", type=common.number(float, 0), default=8.0, help="GB of images; more is streamed (8)")
+    o("--workers", type=whole(0), default=os.cpu_count(), help="readers of files (a core each)")
+    o("--memory-limit", type=common.number(float, 0), default=8, help="GB, more is streamed (8)")
     o = p.add_argument_group("method").add_argument
     o("--arch", choices=ARCHS, help="f (paper: resnet50)")
     o("--stem", choices=["3x3", "7x7"], help="of f; 3x3 has no max-pooling, for small images")
@@ -125,7 +123,7 @@ def complete(args, side):
     for k, value in defaults.items():
         if getattr(args, k) is None:
             setattr(args, k, value)
-    print(f"recipe {row}: " + ", ".join(f"{k} {getattr(args, k)}" for k in defaults))
+    print(f"recipe {row}:", *(f"{k}={getattr(args, k)}" for k in defaults))
 
 
 # ==================================================================================================
@@ -173,10 +171,8 @@ class SimCLR(nn.Module):
         super().__init__()
         self.backbone = resnet(arch, stem)
         d = self.backbone.dim
-        self.head = nn.Identity() if head == "none" else nn.Linear(d, dim)
-        if head == "mlp":
-            hidden = nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU()
-            self.head = nn.Sequential(*hidden, nn.Linear(d, dim))
+        mlp = [nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, dim)]
+        self.head = nn.Sequential(*{"none": [], "linear": mlp[3:], "mlp": mlp}[head])
 
     def forward(self, x):
         h = self.backbone(x)
@@ -221,15 +217,17 @@ def nt_xent(z1, z2, tau):
 
 
 class Gather(torch.autograd.Function):
-    """(n, D) of each process -> (world n, D) of all, with gradient.
+    """(n, ...) of every process -> (world n, ...), with gradient.
 
-    Every process computes the loss of the whole batch. Backward adds what all of them say of a row,
+    Each process computes the loss of the whole batch. Backward adds what all of them say of a row,
     DistributedDataParallel averages over processes: together the gradient of one process.
     """
 
     @staticmethod
-    def forward(ctx, z):
-        return torch.cat(gather(z))
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
@@ -237,15 +235,8 @@ class Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(x):
-    """[x of process 0, x of process 1, ...], without gradient."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return parts
-
-
 class LARS(torch.optim.SGD):
-    """Layer-wise adaptive rate scaling (You et al. 2017; paper, Section 2.2). Test: test_lars_equation.
+    """Layer-wise adaptive rate scaling (You et al. 2017; paper, 2.2). Test: test_lars_equation.
 
         v <- mu v + eta |w| / |g + wd w| (g + wd w),   w <- w - lr v      per tensor w
 
@@ -293,64 +284,37 @@ def update(loss, net, optimizer, scaler, buffers):
     return failed == 0
 
 
-def setup(args):
-    """Device, this process' rank and their number (world), and autocast. Joins the others of torchrun."""
-    rank, world, local = (int(os.environ.get(k, 0)) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = args.device or next(k for k in found if found[k])
-    if not found.get(name):
-        common.fail(f"--device {name}: here are only {', '.join(k for k in found if found[k])}")
-    device = torch.device(name, local if name == "cuda" else None)
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    auto = "off" if name != "cuda" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(auto if args.amp == "auto" else args.amp)
-    kind = "cuda" if name == "cuda" else "cpu"
-    autocast = functools.partial(torch.autocast, kind, dtype=dtype, enabled=dtype is not None)
-    return SimpleNamespace(device=device, rank=rank, world=max(world, 1), dtype=dtype, autocast=autocast)
-
-
 def load_weights(net, path):
-    """Load last.pt (all of net), or the backbone from backbone.pt or torchvision weights."""
+    """Load last.pt (all of net), or the backbone from a backbone.pt or torchvision's weights."""
     found, method = common.read_checkpoint(path), Path(__file__).stem
-    if found.get("method", method) != method:
-        common.fail(f"{path} is a run of {found['method']}, not of {method}; load its backbone.pt")
-    if "state" in found:
-        found = found["state"]["net"]
+    if "state" not in found:
+        found = found.get("state_dict", found)
+        backbone = {k: v for k, v in found.items() if not k.startswith("fc.")}  # fc: classifier
+        common.load_into(net.backbone, backbone, path)
+    elif found["method"] == method:
+        common.load_into(net, found["state"]["net"], path)
     else:
-        net, found = net.backbone, found.get("state_dict", found)
-        found = {k: v for k, v in found.items() if not k.startswith("fc.")}  # the classifier
-    own = net.state_dict()
-    lost = [k for k in own if k not in found or found[k].shape != own[k].shape]
-    extra = [k for k in found if k not in own]
-    print(f"{path}: {len(own) - len(lost)} tensors loaded, missing {lost or 0}, unexpected {extra or 0}")
-    if [k for k in lost if not k.endswith("num_batches_tracked")]:  # absent from old files
-        common.fail(f"{path} does not fit --arch, --stem and --head; give those it was trained with")
-    net.load_state_dict({k: found[k] for k in own if k in found}, strict=False)
+        common.fail(f"{path} is a run of {found['method']}, not of {method}; give its backbone.pt")
 
 
 def train(args, stop):
     # -- setup
-    begun, run, method = time.perf_counter(), setup(args), Path(__file__).stem
+    begun, method = time.perf_counter(), Path(__file__).stem
+    run = common.setup(args.device, args.amp)
     name = f"runs/{method}-{Path(args.dataset).name}-s{args.seed}" + "-eval" * bool(args.eval)
     folder = common.run_folder(args.out or name, args.resume, run.rank)
-    print(f"{method} on {args.dataset}, {run.world} x {run.device.type}, amp {run.dtype}, to {folder}")
+    print(f"{method} on {args.dataset}, {run.world} x {run.device.type}, {run.dtype}, to {folder}")
 
     # -- data
     data = common.Data(args.dataset, args.data_dir, args.limit)
     complete(args, data.side)
     data.read(args.image_size, run.device, args.memory_limit, args.workers)
-    n, batch = len(data.train.labels), args.batch_size // run.world  # batch: of this process
-    per_epoch = n // args.batch_size
-    steps = args.epochs * per_epoch
-    print(f"data: {n:,} training images, {len(data.val[1]):,} images for validation")
-    if not per_epoch or args.batch_size % run.world:
-        common.fail(f"--batch-size {args.batch_size} has to be at most the number of training images, "
-                    f"{n}, and a multiple of that of processes, {run.world}")
+    n, batch = len(data.train.labels), args.batch_size
+    per_epoch, steps = n // batch, args.epochs * (n // batch)
+    print(f"{n:,} training images, {len(data.val[1]):,} validation images")
+    if not per_epoch or batch % run.world:
+        common.fail(f"--batch-size {batch} has to be at most the number of training images, {n}, "
+                    f"and a multiple of that of processes, {run.world}")
 
     # -- model
     net = build(args)
@@ -359,42 +323,39 @@ def train(args, stop):
     if run.world > 1 and run.device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     elif run.world > 1:
-        print("note: there is no synchronised batch norm on CPUs, each process has its own statistics")
+        print("note: no synchronised batch norm on CPUs, each process has its own statistics")
     net = net.to(run.device, memory_format=torch.channels_last)
-    view = torch.compile(augment) if args.compile else augment
-    if args.compile:
-        net.compile()
-    model = nn.parallel.DistributedDataParallel(net) if run.world > 1 else net
+    compiled = torch.compile if args.compile else lambda f: f
+    view, model = compiled(augment), compiled(net)  # net itself stays as it is, for evaluation
+    model = nn.parallel.DistributedDataParallel(model) if run.world > 1 else model
     gathered = Gather.apply if run.world > 1 else nn.Identity()
     state = {"net": net}
 
     # -- optimiser
-    peak, warmup = args.lr * args.batch_size / 256, round(args.warmup * steps)
+    peak, warmup = args.lr * batch / 256, round(args.warmup * steps)
     kind = LARS if args.optimizer == "lars" else functools.partial(torch.optim.SGD, fused=True)
     optimizer = kind(net.parameters(), peak, momentum=0.9, weight_decay=args.weight_decay)
     for p in net.parameters():  # PyTorch leaves it unset if the first step of all is skipped
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    chance = math.log(2 * args.batch_size - 1)  # the loss when nothing is learned
-    print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {args.batch_size} / 256")
-    if args.batch_size < 64:
-        print(f"warning: a view has only {2 * args.batch_size - 2} negatives; raise --batch-size")
+    chance = math.log(2 * batch - 1)  # the loss when nothing is learned
+    print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {batch} / 256")
+    for bad, what in ((batch < 64, "a batch under 64 has few negatives; raise --batch-size"),
+                      (args.warmup > 1 / 3, "over a third of the run is warm-up; lower --warmup")):
+        print(f"warning: {what}\n" * bad, end="")
 
     # -- resume
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    tally = torch.zeros(3, device=run.device)  # sum of losses, number of steps; failures in a row
+    tally = torch.zeros(3, device=run.device)  # sum of losses, number of them; failures in a row
     state |= {"optimizer": optimizer, "scaler": scaler, "tally": tally}
     progress = {"step": 0, "seconds": 0.0, "rows": []}
     if args.resume:
         progress = common.restore(folder / "last.pt", method, args, state)
     step, rows, saved = progress["step"], progress["rows"], time.perf_counter()
-    look, caught = 10 if run.device.type == "cuda" else 1, 0  # reading from a GPU makes it wait
+    look, caught = 10 if run.device.type == "cuda" else 1, 0  # to look at a GPU is to wait for it
     show_views(folder, data, args, run)
     for epoch in range(step // per_epoch, 0 if args.eval else args.epochs):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(args.seed * 2**20 + epoch))
-        order = order[: per_epoch * args.batch_size].view(per_epoch, run.world, batch)[:, run.rank]
         first = step % per_epoch
-        batches = common.batches(data.train, order[first:].flatten(), batch, crops(args), run.device,
-                                 args.workers, (args.seed, epoch, run.rank), first)
+        batches = data.epoch(epoch, first, batch, crops(args), run, args.seed)
         bar = common.Bar(batches, per_epoch, first, f"epoch {epoch + 1}/{args.epochs}")
         for x, _ in bar:
             # -- step
@@ -417,7 +378,7 @@ def train(args, stop):
                 total, good, failures = tally.tolist()
                 bar.say(f"loss {total / max(good, 1):.3f} (chance {chance:.3f})")
                 if failures >= 50 and scaler.get_scale() <= 1:
-                    common.fail(f"no finite loss and gradient in the 50 steps up to step {step}: lower "
+                    common.fail(f"no finite loss and gradient in 50 steps up to step {step}: lower "
                                 f"--lr or turn --amp off; {folder}/last.pt is still good")
                 if caught := stop.agreed(run.device):
                     break
@@ -425,32 +386,30 @@ def train(args, stop):
         if not caught:
             total, good, _ = tally.tolist()
             tally[:2] = 0
-            rows.append({"epoch": epoch + 1, "loss": total / max(good, 1), "skipped": per_epoch - int(good),
-                         "images_per_second": (per_epoch - first) * args.batch_size / bar.seconds,
-                         "waiting": bar.waiting / bar.seconds})
+            rows.append({"epoch": epoch + 1, "loss": total / max(good, 1),
+                         "skipped": per_epoch - int(good), "waiting": bar.waiting / bar.seconds,
+                         "images_per_second": (per_epoch - first) * batch / bar.seconds})
             left = common.duration(progress["seconds"] / step * (steps - step))
-            print("epoch {epoch}: loss {loss:.3f} (chance {0:.3f}), {images_per_second:,.0f} images/s, "
-                  "{waiting:.0%} waiting for data, {1} left".format(chance, left, **rows[-1]))
-            if args.eval_every and (epoch + 1) % args.eval_every == 0 and epoch + 1 < args.epochs:
+            print("epoch {epoch}: loss {loss:.3f} (chance {0:.3f}), {images_per_second:,.0f} images"
+                  "/s, {waiting:.0%} waiting for data, {1} left".format(chance, left, **rows[-1]))
+            if args.eval_every and (epoch + 1) % args.eval_every == 0 and step < steps:
                 rows[-1] |= evaluate(net, data, args, run)
-                print("    validation:", common.short(rows[-1]))
         # -- save
-        if run.rank == 0:
-            common.write_rows(folder / "metrics.jsonl", rows)
         if run.rank == 0 and (caught or step == steps or time.perf_counter() - saved > 60):
             common.save(folder / "last.pt", method, args, state, progress)
             saved = time.perf_counter()
+        if run.rank == 0:
+            common.write_rows(folder / "metrics.jsonl", rows)
         if caught:
             print(f"stopped after step {step:,} of {steps:,}, --resume goes on from here")
             raise SystemExit(128 + caught)
-    results = {k: getattr(args, k) for k in ("dataset", "epochs", "seed", "arch", "image_size")}
-    results |= {"method": method, "device": run.device.type, "torch": torch.__version__,
-                "train_seconds": progress["seconds"],
-                "images_per_second": step * args.batch_size / (progress["seconds"] or math.inf)}
-    results |= report(net, data, args, run)
-    results |= {"peak_memory_mb": common.peak_memory_mb(run.device),
-                "total_seconds": time.perf_counter() - begun}
+    results = report(net, data, args, run)
     if run.rank == 0:
+        results = {k: getattr(args, k) for k in ("dataset", "epochs", "seed", "image_size")} | {
+            "method": method, "device": str(run.device), "versions": {"torch": torch.__version__},
+            "train_seconds": progress["seconds"], "total_seconds": time.perf_counter() - begun,
+            "images_per_second": step * batch / max(progress["seconds"], 1e-9),
+            "peak_memory_mb": common.peak_memory_mb(run.device)} | results
         finish(folder, net, args, rows, results)
     return results
 
@@ -458,25 +417,25 @@ def train(args, stop):
 def finish(folder, net, args, rows, results):
     """Write backbone.pt, curves, options and results, and print how to load the backbone."""
     weights = {k: v.cpu().contiguous() for k, v in net.backbone.state_dict().items()}
-    meta = {k: results[k] for k in ("method", "dataset", "epochs", "seed", "arch", "image_size")}
-    common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta | {"stem": args.stem}})
+    meta = {k: vars(args)[k] for k in ("dataset", "arch", "stem", "image_size", "epochs", "seed")}
+    common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta})
     common.curves(folder / "curves.png", rows, {
         "loss": ["loss"], "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
         "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
     common.write(folder / "args.json", json.dumps(vars(args), indent=1))
     common.write(folder / "results.json", json.dumps(results, indent=1))
     print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
-          f"{results['images_per_second']:,.0f} images/s, peak memory {results['peak_memory_mb']} MB")
-    print(f"\nLoad the backbone (input: RGB in [0, 1]):\n\n{loading(args, folder / 'backbone.pt')}")
+          f"{results['images_per_second']:,.0f} images/s, {results['peak_memory_mb']:,.0f} MB at peak")
+    print(f"\nThe backbone, for RGB in [0, 1]:\n\n{loading(args, folder / 'backbone.pt')}")
 
 
 def loading(args, path):
     """Python that rebuilds the backbone with torchvision alone and loads the file strictly."""
-    (block, layers), stem = ARCHS[args.arch], ""
-    if args.stem == "3x3":
-        stem = "net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()\n"
-    return (f"import torch\nfrom torchvision.models.resnet import {block.__name__}, ResNet\n"
-            f"net = ResNet({block.__name__}, {layers})  # {args.arch}\n{stem}net.fc = torch.nn.Identity()\n"
+    block, layers = ARCHS[args.arch]
+    stem = "net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()\n"
+    return (f"import torch\nfrom torch import nn\nfrom torchvision.models import resnet\n"
+            f"net = resnet.ResNet(resnet.{block.__name__}, {layers})  # {args.arch}\n"
+            f"{stem * (args.stem == '3x3')}net.fc = nn.Identity()\n"
             f"net.load_state_dict(torch.load({str(path)!r}, weights_only=True)['state_dict'])\n")
 
 
@@ -502,7 +461,7 @@ def show_views(folder, data, args, run):
 
 @torch.no_grad()
 def embed(f, crops, part, args, run, seed=None):
-    """f: list of views -> tensors (B, ...); for part = (images, index) -> [tensors (n, ...), labels].
+    """f: views -> tensors (B, ...); over part = (images, index) -> [tensors (n, ...), labels].
 
     Each process takes every world-th image, all get everything, in the order of index.
     """
@@ -515,7 +474,8 @@ def embed(f, crops, part, args, run, seed=None):
         rows.append([*(t.float() for t in out), images.labels[i].to(run.device)])
     columns = [torch.cat(c) for c in zip(*rows)]
     if run.world > 1:
-        columns = [torch.stack(gather(c), 1).flatten(0, 1)[:n] for c in columns]
+        columns = [Gather.apply(c).unflatten(0, (run.world, -1)).transpose(0, 1) for c in columns]
+        columns = [c.flatten(0, 1)[:n] for c in columns]
     return columns
 
 
@@ -569,7 +529,7 @@ def health(net, data, args, run):
     values (RankMe, Garrido et al. 2023).
     """
     def both(x):
-        return [t for v in x for t in net.forward(augment(v, args))]
+        return [t for v in x for t in net(augment(v, args))]
 
     part = data.val[0], data.val[1][:1024]
     h, z1, _, z2, _ = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
@@ -592,18 +552,18 @@ def evaluate(net, data, args, run, test=False):
     results = health(net, data, args, run)
     if data.labelled:
         parts = [data.fit, data.val] + ([data.test] if test else [])
-        # net.forward: the compiled version is for the shapes of the training step
-        parts = [embed(lambda x: net.forward(x[0]), central(args), p, args, run) for p in parts]
+        parts = [embed(lambda x: net(x[0]), central(args), p, args, run) for p in parts]
         results["linear_top1"], results["knn_top1"] = probes([(h, y) for h, _, y in parts], args)
         results["head_linear_top1"], results["head_knn_top1"] = probes([p[1:] for p in parts], args)
+    top1 = [f"{k[:-5].replace('_', ' ')} {v:.1f}" for k, v in results.items() if k.endswith("top1")]
+    print(f"{'test' if test else 'validation'}: {', '.join(top1 + [results['verdict']])}")
     net.train()
     return results
 
 
 def report(net, data, args, run):
-    """On the test set, read once: h and z, beside the untrained network and raw pixels, as a table."""
+    """On the test set, read once: h and z beside the untrained network and raw pixels, a table."""
     results = evaluate(net, data, args, run, test=True)
-    print(f"\nhealth: {results['verdict']}")
     if data.labelled:
         untrained, few = build(args).to(run.device).eval(), central(args, min(args.image_size, 32))
         for name, f, view in (("untrained", lambda x: [untrained.backbone(x[0])], central(args)),
