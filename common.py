@@ -52,7 +52,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: an int or a float from low to high, both included."""
 
     def parse(text):
-        if not low <= (value := kind(text)) <= high:
+        if not low <= (value := kind(text)) <= min(high, 1e300):
             raise ValueError
         return value
 
@@ -60,10 +60,21 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def main_process():
+    """Whether this is the first process of torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write(path, content):
-    """Write text, or torch.save anything else; no reader and no crash ever meets half a file."""
+    """Write text, what a function saves to a path, or torch.save anything else: whole or not at
+    all, whatever crashes, and only in the first process."""
     part = Path(f"{path}.part")
-    part.write_text(content) if isinstance(content, str) else torch.save(content, part)
+    if not main_process():
+        return
+    if isinstance(content, str):
+        part.write_text(content)
+    else:
+        content(part) if callable(content) else torch.save(content, part)
     os.replace(part, path)
 
 
@@ -93,8 +104,10 @@ def save(path, method, args, state, progress):
 def restore(path, method, args, state):
     """Load what `save` wrote into state -> progress. The options that shape a run must match."""
     saved, now = read_checkpoint(path), {"method": method} | vars(args)
-    free = "resume out device data_dir workers memory_limit compile eval_every knn_k knn_tau".split()
-    for k in [k for k in now if k not in free and now[k] != saved["args"].get(k)]:
+    free = "resume out device data_dir workers memory_limit compile eval_every knn_k knn_tau"
+    if "args" not in saved:
+        fail(f"--resume: {path} is not the last.pt of a run")
+    for k in [k for k in now if k not in free.split() and now[k] != saved["args"].get(k)]:
         fail(f"--resume: {path} was begun with {k} {saved['args'].get(k)}, not {now[k]}")
     for k, value in saved["state"].items():
         if isinstance(value, torch.Tensor):
@@ -105,17 +118,17 @@ def restore(path, method, args, state):
 
 
 def load_into(module, weights, path):
-    """Copy tensors into a module by name and say what fits; exit code 2 where some are missing."""
+    """Copy tensors into a module by name and say what fits; exit code 2 where not all do."""
     own = module.state_dict()
     fits = {k: w for k, w in weights.items() if k in own and w.shape == own[k].shape}
     missing, extra = [[k for k in a if k not in b] for a, b in ((own, fits), (weights, own))]
     print(f"{path}: {len(fits)} tensors loaded, missing {missing or 0}, unexpected {extra or 0}")
-    if any(not k.endswith("num_batches_tracked") for k in missing):  # those are not in old files
+    if extra or any(not k.endswith("num_batches_tracked") for k in missing):  # not in old files
         fail(f"{path} holds another network; give the options of the model it was trained with")
     module.load_state_dict(fits, strict=False)
 
 
-def run_folder(out, resume, rank):
+def run_folder(out, resume):
     """The folder to write to. One that holds a run is left alone: the next run takes -2, -3, ..."""
     folder, n = Path(out), 1
     if resume and not (folder / "last.pt").exists():
@@ -123,8 +136,8 @@ def run_folder(out, resume, rank):
     if resume and (folder / "results.json").exists():
         fail(f"--resume: the run in {out} is finished; drop --resume to start another")
     while not resume and any((folder / f).exists() for f in ("last.pt", "results.json")):
-        folder, n = Path(f"{out}-{n + 1}"), n + 1
-    if rank == 0:
+        folder, n = Path(f"{Path(out)}-{n + 1}"), n + 1
+    if main_process():
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -151,7 +164,8 @@ def setup(device=None, amp="auto"):
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     cast = partial(torch.autocast, "cuda" if cuda else "cpu", dtype, enabled=dtype is not None)
-    return SimpleNamespace(device=device, rank=rank, world=max(world, 1), dtype=dtype, autocast=cast)
+    world = max(world, 1)
+    return SimpleNamespace(device=device, rank=rank, world=world, dtype=dtype, autocast=cast)
 
 
 class Stop:
@@ -184,7 +198,7 @@ class Bar:
 
     def __init__(self, items, total, first, title):
         self.items, self.waiting, self.start = items, 0.0, time.perf_counter()
-        shown = tqdm and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        shown = tqdm and sys.stderr.isatty() and main_process()
         how = dict(total=total, initial=first, desc=title, unit="step", leave=False)
         self.bar = tqdm(**how) if shown else SimpleNamespace(
             update=lambda: None, close=lambda: None, set_postfix_str=lambda text, refresh: None)
@@ -233,18 +247,17 @@ def curves(path, rows, panels):
             ax.plot(*zip(*points) if points else ((), ()), ".-", label=key.replace("_", " "))
         ax.set(title=title, xlabel="epoch")
         ax.legend(fontsize=8)
-    figure.savefig(f"{path}.part", format="png")
-    os.replace(f"{path}.part", path)
+    write(path, lambda part: figure.savefig(part, format="png"))
 
 
 def picture(path, columns, size=96):
     """A PNG with a row per image: columns is a list of (N, 3, H, W) in [0, 1]."""
-    tiles = [F.interpolate(c.float().cpu(), size=(max(size, c.shape[-1]),) * 2) for c in columns]
+    size = max(size, *(c.shape[-1] for c in columns))
+    tiles = [F.interpolate(c.float().cpu(), size=(size, size)) for c in columns]
     tiles = torch.stack([F.pad(t, (0, 4, 0, 4), value=1.0) for t in tiles], 1)
     rows = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (N*H, columns*W, 3)
     image = Image.fromarray((rows.clamp(0, 1) * 255).round().byte().numpy())
-    image.save(f"{path}.part", format="png")
-    os.replace(f"{path}.part", path)
+    write(path, lambda part: image.save(part, format="png"))
 
 
 # ==================================================================================================
@@ -292,11 +305,11 @@ def resize_weights(start, length, out, size):
 
     A triangle, as wide as an output pixel where it shrinks: resize(antialias=True) of torchvision.
     """
-    start, scale = start.view(-1, 1, 1), (length / out).view(-1, 1, 1)
-    pixel = torch.arange(size, device=start.device) + 0.5
-    centre = start + (torch.arange(out, device=start.device).view(1, -1, 1) + 0.5) * scale
-    w = (1 - ((pixel - centre) / scale.clamp(min=1)).abs()).clamp(min=0)
-    w = w * ((pixel > start) & (pixel < start + scale * out))
+    length = length.view(-1, 1, 1)
+    pixel = torch.arange(size, device=start.device) + 0.5 - start.view(-1, 1, 1)  # (N, 1, size)
+    centre = (torch.arange(out, device=start.device).view(1, -1, 1) + 0.5) * length / out
+    w = (1 - ((pixel - centre) / (length / out).clamp(min=1)).abs()).clamp(min=0)
+    w = w * ((pixel > 0) & (pixel < length))
     return w / w.sum(2, keepdim=True)
 
 
@@ -369,90 +382,74 @@ def blur(x, sigma, taps, p):
 
 
 # ==================================================================================================
-# The built-in set
+# What comes in: the built-in set
 # ==================================================================================================
 
-# Inside or outside, in coordinates of about -1 to 1, x to the right, y up.
-SHAPES = {
-    "disc": lambda x, y: x**2 + y**2 < 0.72,
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) < 0.76,
-    "triangle": lambda x, y: (y > -0.65) & (1.75 * x.abs() + y < 0.95),
-    "star": lambda x, y: _star(x, y),
-    "cross": lambda x, y: (torch.minimum(x.abs(), y.abs()) < 0.28) & (torch.maximum(x.abs(), y.abs()) < 0.92),
-    "ring": lambda x, y: (x**2 + y**2 < 0.85) & (x**2 + y**2 > 0.26),
-    "heart": lambda x, y: ((1.2 * x) ** 2 + (1.2 * y + 0.15) ** 2 - 0.85) ** 3 < (1.2 * x) ** 2 * (1.2 * y + 0.15) ** 3,
-    "moon": lambda x, y: (x**2 + y**2 < 0.85) & ((x - 0.42) ** 2 + (y - 0.12) ** 2 > 0.5),
-    "arrow": lambda x, y: ((y > -0.05) & (x.abs() + 0.95 * y < 0.9)) | ((x.abs() < 0.27) & (y.abs() < 0.9) & (y < 0)),
-    "tee": lambda x, y: ((x.abs() < 0.85) & ((y - 0.62).abs() < 0.26)) | ((x.abs() < 0.26) & (y < 0.5) & (y > -0.9)),
-}
+TRAIN_SHAPES, TEST_SHAPES = 4000, 2000
 
 
 def _star(x, y):
-    angle = (torch.atan2(x, y) / (2 * math.pi / 5)).frac().abs()  # 0 and 1 at a point, 0.5 between two
-    angle = torch.minimum(angle, 1 - angle) * (2 * math.pi / 5)
-    r, inner = torch.hypot(x, y), 0.42
-    u, v = r * torch.cos(angle), r * torch.sin(angle)  # folded: the edge runs from (1, 0) to the inner corner
-    cx, cy = inner * math.cos(math.pi / 5), inner * math.sin(math.pi / 5)
-    return (u - 1) * cy - v * (cx - 1) < 0
+    turn = torch.atan2(x, y) / (0.4 * math.pi)
+    angle, r = (turn - turn.round()).abs() * 0.4 * math.pi, torch.hypot(x, y)  # 0 at a point
+    u, v, cu, cv = r * angle.cos(), r * angle.sin(), 0.5 * math.cos(math.pi / 5), 0.294
+    return (u - 1) * cv < v * (cu - 1)  # inside the edge from (1, 0) to the corner (cu, cv)
+
+
+SHAPES = {  # inside or not, x to the right, y up, in about [-1, 1]
+    "disc": lambda x, y: x**2 + y**2 < 0.72,
+    "square": lambda x, y: x.abs().maximum(y.abs()) < 0.76,
+    "triangle": lambda x, y: (y > -0.65) & (1.75 * x.abs() + y < 0.95),
+    "star": _star,
+    "cross": lambda x, y: (x.abs().minimum(y.abs()) < 0.28) & (x.abs().maximum(y.abs()) < 0.92),
+    "ring": lambda x, y: (x**2 + y**2 - 0.555).abs() < 0.295,
+    "heart": lambda x, y: (x**2 + y**2 - 0.6) ** 3 < x**2 * y**3,
+    "moon": lambda x, y: (x**2 + y**2 < 0.85) & ((x - 0.42) ** 2 + (y - 0.12) ** 2 > 0.5),
+    "arrow": lambda x, y: (y > -0.9) & (x.abs() < torch.where(y < 0, 0.27, 0.9 - y)),
+    "tee": lambda x, y: (y > -0.9) & (y < 0.88) & (x.abs() < torch.where(y < 0.36, 0.26, 0.85)),
+}
 
 
 def shapes(n, size, seed):
-    """n generated images of upright objects: images (n, 3, size, size) uint8, labels (n,), masks and depth (n, size, size).
+    """n images of one upright object before a quiet background, under sensor noise: images
+    (n, 3, size, size) uint8, labels (n,), masks (n, size, size) bool, depth alike, 0 near to 1 far.
 
-    The class is the shape. Three objects of it, of different size and distance, stand before a quiet background, tilted
-    by at most 25 degrees and lit from above. The material (plain, striped, dotted) is drawn for each image whatever the
-    class, and the hue follows the material, not the class. Depth is 0 (near) to 1 (far).
+    The class is the shape. All classes have the same area on average, place and size vary, the tilt
+    is at most 25 degrees, light comes from above. The material (plain, striped, checked) is drawn
+    whatever the class, and the hue goes with the material.
     """
     g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
     labels = torch.randperm(n, generator=g) % len(SHAPES)
-    images, masks, depths = torch.empty(n, 3, size, size, dtype=torch.uint8), [], []
-    fine = (torch.arange(2 * size) + 0.5) / size - 1  # 2 x 2 samples a pixel
-    px, py = fine.view(1, 1, -1), -fine.view(1, -1, 1)
-    masks, depths = torch.empty(n, size, size, dtype=torch.bool), torch.empty(n, size, size)
-    pool = lambda t: torch.nn.functional.avg_pool2d(t, 2)  # noqa: E731
-    for part in (labels == c).nonzero().squeeze(1).split(256) if False else _chunks(labels):
-        m, inside = len(part), list(SHAPES.values())[int(labels[part[0]])]
-        one = lambda low, high: rand(m, 1, 1) * (high - low) + low  # noqa: E731
-        tone, slope = one(0.62, 0.72), one(0.02, 0.08)
-        back = (tone + slope * py).expand(m, 2 * size, 2 * size)  # lighter towards the top
-        picture = back.unsqueeze(1).repeat(1, 3, 1, 1)
-        depth = (0.75 + 0.25 * py).expand(m, 2 * size, 2 * size).clone()
-        mask = torch.zeros(m, 2 * size, 2 * size, dtype=torch.bool)
-        material = (rand(m, 1, 1) * 3).long()
-        hue = (material / 3 + one(-0.05, 0.05)) % 1
-        colour = _rgb(hue)  # (m, 3, 1, 1)
-        turn = one(0, 2 * math.pi)
-        for k in range(OBJECTS):  # far to near
-            near = (k + one(0, 1)) / OBJECTS
-            radius = R0 + R1 * near
-            angle = turn + 2 * math.pi * k / OBJECTS + one(-0.4, 0.4)
-            reach = SPREAD + one(-0.08, 0.08)
-            cx, cy, tilt = reach * angle.cos(), reach * angle.sin(), one(-25, 25) * math.pi / 180
-            dx, dy = (px - cx) / radius, (py - cy) / radius
-            x, y = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
-            here = inside(x, y)
-            pattern = torch.where(material == 1, (8 * y).sin().sign(), torch.where(material == 2, ((7 * x).sin() * (7 * y).sin()).sign(), 0.0))
-            light = (0.5 + 0.14 * dy + 0.07 * pattern).unsqueeze(1) * colour
-            picture = torch.where(here.unsqueeze(1), light, picture)
-            depth = torch.where(here, 0.5 - 0.4 * near - 0.05 * (1 - dx**2 - dy**2).clamp(min=0), depth)
-            mask |= here
-        picture = pool(picture) + 0.02 * torch.randn(m, 3, size, size, generator=g)
-        images[part] = (picture.clamp(0, 1) * 255).round().byte()
-        masks[part], depths[part] = pool(mask[:, None].float())[:, 0] >= 0.5, pool(depth[:, None])[:, 0]
-    return images, labels, masks, depths
+    images, truth = torch.empty(n, 3, size, size), torch.empty(2, n, size, size)  # mask, depth
+    fine = (torch.arange(2 * size) + 0.5) / size - 1  # 2 x 2 points a pixel
+    px, py, grid = fine.view(1, 1, -1), -fine.view(1, -1, 1), torch.linspace(-1.2, 1.2, 200)
 
-TRAIN_SHAPES, TEST_SHAPES = 4096, 2000
-OBJECTS, R0, R1, SPREAD = 3, 0.36, 0.12, 0.48
+    def draw(low, high):  # (m, 1, 1)
+        return torch.rand(len(part), 1, 1, generator=g) * (high - low) + low
 
-def _rgb(hue):
-    """(m, 1, 1) in turns -> (m, 3, 1, 1), full value, medium saturation"""
-    k = (torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + 6 * hue.unsqueeze(1)) % 6
-    return 1 - 0.45 * torch.minimum(k, 4 - k).clamp(0, 1)
-
-def _chunks(labels):
-    for c in range(len(SHAPES)):
-        yield from (labels == c).nonzero().squeeze(1).split(256)
+    chunks = [c for k in range(len(SHAPES)) for c in (labels == k).nonzero().squeeze(1).split(256)]
+    for part in chunks:
+        inside = list(SHAPES.values())[labels[part[0]]]
+        X, Y = torch.meshgrid(grid, grid, indexing="xy")
+        X, Y = X[inside(X, Y)], Y[inside(X, Y)]  # len(X) is the area, their mean the centre
+        radius = draw(math.log(0.48), math.log(0.8)).exp() * (12500 / len(X)) ** 0.5
+        room = (1 - 0.85 * radius).clamp(min=0)
+        dx, dy = (px - draw(-1, 1) * room) / radius, (py - draw(-1, 1) * room) / radius
+        tilt = draw(-25, 25) * math.pi / 180
+        x, y = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
+        here, material = inside(x + X.mean(), y + Y.mean()), draw(0, 3).floor()
+        striped, checked = (8 * y).sin().sign(), (7 * x).sin().sign() * (7 * y).sin().sign()
+        pattern = (material == 1) * striped + (material == 2) * checked
+        k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 2 * material.unsqueeze(1)) % 6
+        colour = 1 - 0.4 * k.minimum(4 - k).clamp(0, 1)  # (m, 3, 1, 1): red, green or blue
+        light = (draw(0.7, 0.84) + 0.06 * dy + 0.04 * pattern).unsqueeze(1)
+        light = light * colour / colour.mean(1, keepdim=True)
+        picture = torch.where(here.unsqueeze(1), light, (0.5 + 0.04 * py).unsqueeze(1))
+        ball = (1 - dx**2 - dy**2).clamp(min=0)
+        depth = torch.where(here, 0.5 - 0.2 * ball - 0.3 * radius, 0.8 + 0.2 * py)
+        images[part] = F.avg_pool2d(picture, 2)
+        truth[:, part] = F.avg_pool2d(torch.stack([here.float(), depth]), 2)
+    images += 0.1 * torch.randn(images.shape, generator=g)
+    return (images.clamp(0, 1) * 255).round().byte(), labels, truth[0] > 0.5, truth[1]
 
 
 # ==================================================================================================
@@ -464,15 +461,15 @@ SETS = {  # torchvision's class, what names its training and its test split, sho
     "cifar100": ("CIFAR100", {"train": True}, {"train": False}, 32),
     "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}, 28),
     "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "test"}, 96),
-    "imagenette": ("Imagenette", {"split": "train", "size": "160px"}, {}, 160),
+    "imagenette": ("Imagenette", {"split": "train", "size": "160px"}, 160),
 }
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 @dataclass
 class Images:
-    """N images: labels (N,) int64, -1 unknown, and either files, or on the device pixels (N, 3, H, W)
-    uint8, smaller images padded at the right and the bottom, with sizes (N, 2) height, width."""
+    """N images: labels (N,) int64, -1 unknown, and either files or, on the device, pixels
+    (N, 3, H, W) uint8, padded at the right and bottom, with sizes (N, 2) height, width."""
 
     labels: torch.Tensor
     pixels: torch.Tensor = None
@@ -487,8 +484,8 @@ class Data:
 
     parts: train, val, test -> (items, labels), items being files, uint8 arrays (N, H, W[, 3]) or,
     for shapes, a number. Where there is no validation split it is a fixed tenth of the labelled
-    training images. limit: the first so many training images of a fixed shuffle, and at most as many
-    test images. side: the shorter side of its images in pixels, None for any.
+    training images. limit: the first so many training images of a fixed shuffle, and at most as
+    many test images. side: the shorter side of its images in pixels, None for any.
     """
 
     def __init__(self, name, root="data", limit=None):
@@ -512,20 +509,19 @@ class Data:
 
     def _torchvision(self, name, root):
         kind, *splits, self.side = SETS[name]
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        if not first:
+        if not main_process():
             dist.barrier()  # until the first process has downloaded it
         try:
             sets = [getattr(datasets, kind)(root, download=True, **split) for split in splits]
         except Exception as error:
-            fail(f"{name} is not in {root}/ and cannot be downloaded ({error}); fetch it where there "
-                 f"is a network and copy {root}/, or give --dataset a folder of images")
-        if first and dist.is_initialized():
+            fail(f"{name} is not in {root}/ and cannot be downloaded ({error}); fetch it where "
+                 f"there is a network and copy {root}/, or give --dataset a folder of images")
+        if main_process() and dist.is_initialized():
             dist.barrier()
         if name == "imagenette":
             return self._folder(root / "imagenette2-160")
         for split, (images, labels) in zip(("train", "test"), (zip(*s) for s in sets)):
-            self.parts[split] = [np.asarray(image) for image in images], torch.tensor(labels)
+            self.parts[split] = [np.array(image) for image in images], torch.tensor(labels)
 
     def _folder(self, root):
         def images(folder):
@@ -543,7 +539,7 @@ class Data:
             self.parts["train"] = files, torch.full((len(files),), -1)
         files, labels = self.parts["train"]
         if not files:
-            fail(f"no images in {top}, neither as <class>/* nor below; formats: {' '.join(SUFFIXES)}")
+            fail(f"no images in {top}, as <class>/* or below it; formats: {' '.join(SUFFIXES)}")
         if classes and "test" not in self.parts and "val" in self.parts:
             self.parts["test"] = self.parts.pop("val")  # ImageNet: its validation split is the test
         elif classes and "test" not in self.parts:
@@ -551,7 +547,9 @@ class Data:
             for split, index in (("test", order[:cut]), ("train", order[cut:])):
                 self.parts[split] = [files[i] for i in index], labels[index]
             print(f"{root} has no test folder: a tenth of the training images is held out as test")
-        self.side = int(np.median(_sizes(files).min(1)))
+        for split in [k for k, (files, _) in self.parts.items() if not files]:
+            fail(f"no images of the training classes in the {split} part of {root}")
+        self.side = int(np.median(_sizes(self.parts["train"][0]).min(1)))
 
     def read(self, *how):
         """Read the training images as `train`; `fit` and `val` are (images, index) for probes."""
@@ -596,16 +594,16 @@ class Data:
         elif isinstance(items[0], str):
             H, W = np.minimum(_sizes(items), 4 * size).max(0)
             need = len(items) * 3 * H * W / 2**30
+            if all(_read(f, size) is None for f in items):  # as a rule the first can be read
+                fail(f"none of the {len(items)} image files of the {split} split can be read")
             if need > memory_gb:
-                print(f"{split}: {len(items):,} images take {need:.2g} GB decoded, over --memory-limit "
-                      f"{memory_gb:g}: streamed by {workers} worker processes")
+                print(f"{split}: {len(items):,} images take {need:.2g} GB decoded, over "
+                      f"--memory-limit {memory_gb:g}: streamed by {workers} worker processes")
                 return Images(labels, files=list(items))
             with ProcessPoolExecutor(max(workers, 1)) as pool:
                 read = list(pool.map(_read, items, [4 * size] * len(items), chunksize=64))
             warn_unreadable([f for f, image in zip(items, read) if image is None])
             good = [i for i, image in enumerate(read) if image is not None]
-            if not good:
-                fail(f"none of the {len(read)} image files of the {split} split can be read")
             items, labels = [read[i] for i in good], labels[good]
         sizes = torch.tensor([image.shape[:2] for image in items])
         pixels = torch.zeros(len(items), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
@@ -630,8 +628,9 @@ def rgb(image):
     """A Pillow image of any kind -> 8-bit RGB, upright, transparent pixels on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip
-        a = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray(np.uint8(a * 255 / max(255, 65535 * (a.max() > 255))))
+        scale = 255 / 65535 if image.mode[0] == "I" else 255
+        a = np.asarray(image, dtype=np.float32) * scale
+        image = Image.fromarray(np.uint8(a.clip(0, 255)))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -682,7 +681,7 @@ class Crop(NamedTuple):
 
 
 def reseed(*numbers):
-    """Seed all generators of the process from integers."""
+    """Seed torch's generators from integers."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
 
@@ -690,8 +689,8 @@ def reseed(*numbers):
 def batches(images, order, size, crops, device, workers=0, seed=None, first=0):
     """Yield (views, index) for `order` (indices into images) cut into batches of `size`.
 
-    views: for every crop and each of its count, float (B, 3, S, S) in [0, 1]. seed, a tuple: batch i
-    and all that is drawn while it is in use depend on (*seed, first + i) alone.
+    views: for every crop and each of its count, float (B, 3, S, S) in [0, 1]. seed, a tuple: batch
+    i and all that is drawn while it is in use depend on (*seed, first + i) alone.
     """
     chunks = order.split(size)
     stream = _stream(images, chunks, crops, device, workers, seed) if images.files else None
@@ -729,7 +728,7 @@ def _leave_signals_to_the_parent(worker):
 
 
 class _Files(torch.utils.data.Dataset):
-    """i -> the crops of file i as uint8 (S, S, 3), i, unreadable files; for those the next stands in."""
+    """i -> crops of file i, uint8 (S, S, 3), i, unreadable files; the next stands in for those."""
 
     def __init__(self, files, crops, seed):
         self.files, self.crops, self.seed = files, crops, seed
@@ -746,7 +745,7 @@ class _Files(torch.utils.data.Dataset):
 
     def views(self, i):
         if self.seed is not None:
-            reseed(*self.seed, i)
+            reseed(*self.seed, i, 1)  # 1: not the draws of batch i
         image = Image.open(self.files[i])
         turned = image.getexif().get(0x0112, 1) > 4
         width, height = image.size[::-1] if turned else image.size
@@ -754,9 +753,9 @@ class _Files(torch.utils.data.Dataset):
         boxes = [(c.size, *box) for c in self.crops
                  for box in c.boxes(sizes.expand(c.count, 2)).tolist()]
         need = max(size / min(h, w) for size, _, _, h, w in boxes)
-        image.draft("RGB", [math.ceil(need * s) for s in image.size])  # JPEG: decode no more than that
+        draft = image.draft("RGB", [math.ceil(need * s) for s in image.size])  # JPEG: 1/2, 1/4, 1/8
+        f = max(draft[1][2:]) / max(width, height) if draft else 1.0
         image = rgb(image)
-        f = image.width / width
         return [np.asarray(image.resize((size, size), Image.BILINEAR,
                                         (f * x, f * y, f * (x + w), f * (y + h))))
                 for size, y, x, h, w in boxes]

@@ -34,7 +34,6 @@ import functools
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -52,8 +51,8 @@ import common
 
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
-    "shapes": dict(arch="resnet10", stem="7x7", image_size=32, min_scale=0.3, strength=0.5,
-                   blur=0.0, tau=0.2, dim=128, epochs=12, batch_size=64, optimizer="sgd", lr=0.4,
+    "shapes": dict(arch="resnet10", stem="7x7", image_size=32, min_scale=0.5, strength=0.5,
+                   blur=0.0, tau=0.2, dim=128, epochs=8, batch_size=64, optimizer="sgd", lr=0.2,
                    weight_decay=1e-4),
     # images up to 64 pixels: no blur, half the strength, as for CIFAR-10 (Appendix B.9)
     "small": dict(arch="resnet18", stem="3x3", image_size=64, min_scale=0.08, strength=0.5,
@@ -107,7 +106,7 @@ def options(argv=None):
     o("--weight-decay", type=share, help="(paper: 1e-6)")
     o("--warmup", type=share, default=0.1, help="share of the run (0.1; paper: 10 epochs)")
     o = p.add_argument_group("evaluation").add_argument
-    o("--eval-every", type=whole(0), help="epochs (a fifth of the run; 0: never)")
+    o("--eval-every", type=whole(0), help="epochs (a quarter of the run; 0: never)")
     o("--knn-k", type=whole(1), default=20, help="neighbours (20)")
     o("--knn-tau", type=positive, default=0.07, help="temperature of their votes (0.07)")
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or torchvision's weights")
@@ -119,7 +118,7 @@ def complete(args, side):
     """Fill what the user left open from RECIPES for images with this shorter side, and print it."""
     row = "shapes" if side is None else "small" if side <= 64 else "large"
     defaults = RECIPES[row] | {"image_size": min(RECIPES[row]["image_size"], side or math.inf)}
-    defaults["eval_every"] = -(-(args.epochs or defaults["epochs"]) // 5)
+    defaults["eval_every"] = -(-(args.epochs or defaults["epochs"]) // 4)
     for k, value in defaults.items():
         if getattr(args, k) is None:
             setattr(args, k, value)
@@ -133,9 +132,8 @@ def complete(args, side):
 
 def crops(args):
     """The first part of t ~ T (Appendix A): random crops, two of every image."""
-    if args.no_crop:
-        return [common.Crop(args.image_size, scale=1.0, count=2)]
-    return [common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3), count=2)]
+    scale, ratio = (1.0, None) if args.no_crop else ((args.min_scale, 1.0), (3 / 4, 4 / 3))
+    return [common.Crop(args.image_size, scale, ratio, count=2)]
 
 
 def augment(x, args):
@@ -231,7 +229,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        dist.all_reduce(grad := grad.contiguous())
+        dist.all_reduce(grad := grad.clone(memory_format=torch.contiguous_format))
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -302,7 +300,7 @@ def train(args, stop):
     begun, method = time.perf_counter(), Path(__file__).stem
     run = common.setup(args.device, args.amp)
     name = f"runs/{method}-{Path(args.dataset).name}-s{args.seed}" + "-eval" * bool(args.eval)
-    folder = common.run_folder(args.out or name, args.resume, run.rank)
+    folder = common.run_folder(args.out or name, args.resume)
     print(f"{method} on {args.dataset}, {run.world} x {run.device.type}, {run.dtype}, to {folder}")
 
     # -- data
@@ -339,17 +337,16 @@ def train(args, stop):
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     chance = math.log(2 * batch - 1)  # the loss when nothing is learned
     print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {batch} / 256")
-    for bad, what in ((batch < 64, "a batch under 64 has few negatives; raise --batch-size"),
-                      (args.warmup > 1 / 3, "over a third of the run is warm-up; lower --warmup")):
-        print(f"warning: {what}\n" * bad, end="")
+    few = "warning: a batch under 64 has few negatives, raise --batch-size\n" * (batch < 64)
+    long = "warning: over a third of the run is warm-up, lower --warmup\n" * (args.warmup > 1 / 3)
+    print(few + long, end="")
 
     # -- resume
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     tally = torch.zeros(3, device=run.device)  # sum of losses, number of them; failures in a row
     state |= {"optimizer": optimizer, "scaler": scaler, "tally": tally}
-    progress = {"step": 0, "seconds": 0.0, "rows": []}
-    if args.resume:
-        progress = common.restore(folder / "last.pt", method, args, state)
+    start = {"step": 0, "seconds": 0.0, "rows": []}
+    progress = common.restore(folder / "last.pt", method, args, state) if args.resume else start
     step, rows, saved = progress["step"], progress["rows"], time.perf_counter()
     look, caught = 10 if run.device.type == "cuda" else 1, 0  # to look at a GPU is to wait for it
     show_views(folder, data, args, run)
@@ -379,53 +376,52 @@ def train(args, stop):
                 bar.say(f"loss {total / max(good, 1):.3f} (chance {chance:.3f})")
                 if failures >= 50 and scaler.get_scale() <= 1:
                     common.fail(f"no finite loss and gradient in 50 steps up to step {step}: lower "
-                                f"--lr or turn --amp off; {folder}/last.pt is still good")
+                                "--lr or turn --amp off; nothing was saved since")
                 if caught := stop.agreed(run.device):
                     break
         progress |= {"step": step, "seconds": progress["seconds"] + bar.seconds}
-        if not caught:
+        if step % per_epoch == 0:
             total, good, _ = tally.tolist()
-            tally[:2] = 0
-            rows.append({"epoch": epoch + 1, "loss": total / max(good, 1),
-                         "skipped": per_epoch - int(good), "waiting": bar.waiting / bar.seconds,
-                         "images_per_second": (per_epoch - first) * batch / bar.seconds})
+            loss, tally[:2] = total / good if good else math.nan, 0
+            rate, waiting = (per_epoch - first) * batch / bar.seconds, bar.waiting / bar.seconds
+            rows.append({"epoch": epoch + 1, "loss": loss if good else None, "waiting": waiting,
+                         "skipped": per_epoch - int(good), "images_per_second": rate})
             left = common.duration(progress["seconds"] / step * (steps - step))
-            print("epoch {epoch}: loss {loss:.3f} (chance {0:.3f}), {images_per_second:,.0f} images"
-                  "/s, {waiting:.0%} waiting for data, {1} left".format(chance, left, **rows[-1]))
-            if args.eval_every and (epoch + 1) % args.eval_every == 0 and step < steps:
+            print(f"epoch {epoch + 1}: loss {loss:.3f} (chance {chance:.3f}), {rate:,.0f} images/s,"
+                  f" {waiting:.0%} waiting for data, {left} left")
+            if args.eval_every and (epoch + 1) % args.eval_every == 0:
                 rows[-1] |= evaluate(net, data, args, run)
         # -- save
-        if run.rank == 0 and (caught or step == steps or time.perf_counter() - saved > 60):
+        common.write_rows(folder / "metrics.jsonl", rows)
+        if caught or step == steps or time.perf_counter() - saved > 60:
             common.save(folder / "last.pt", method, args, state, progress)
             saved = time.perf_counter()
-        if run.rank == 0:
-            common.write_rows(folder / "metrics.jsonl", rows)
         if caught:
             print(f"stopped after step {step:,} of {steps:,}, --resume goes on from here")
             raise SystemExit(128 + caught)
-    results = report(net, data, args, run)
-    if run.rank == 0:
-        results = {k: getattr(args, k) for k in ("dataset", "epochs", "seed", "image_size")} | {
-            "method": method, "device": str(run.device), "versions": {"torch": torch.__version__},
-            "train_seconds": progress["seconds"], "total_seconds": time.perf_counter() - begun,
-            "images_per_second": step * batch / max(progress["seconds"], 1e-9),
-            "peak_memory_mb": common.peak_memory_mb(run.device)} | results
-        finish(folder, net, args, rows, results)
+    names = {"dataset", "epochs", "seed", "image_size", "arch", "batch_size", "tau", "head"}
+    results = {k: v for k, v in vars(args).items() if k in names} | {
+        "method": method, "device": str(run.device), "versions": {"torch": torch.__version__},
+        "train_seconds": progress["seconds"],
+        "images_per_second": step * batch / max(progress["seconds"], 1e-9)}
+    results |= report(net, data, args, run)
+    results["peak_memory_mb"] = common.peak_memory_mb(run.device)
+    results["total_seconds"] = time.perf_counter() - begun
+    finish(folder, net, args, rows, results)
     return results
 
 
 def finish(folder, net, args, rows, results):
     """Write backbone.pt, curves, options and results, and print how to load the backbone."""
     weights = {k: v.cpu().contiguous() for k, v in net.backbone.state_dict().items()}
-    meta = {k: vars(args)[k] for k in ("dataset", "arch", "stem", "image_size", "epochs", "seed")}
-    common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta})
+    common.write(folder / "backbone.pt", {"state_dict": weights, "meta": vars(args)})
     common.curves(folder / "curves.png", rows, {
         "loss": ["loss"], "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
         "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
     common.write(folder / "args.json", json.dumps(vars(args), indent=1))
     common.write(folder / "results.json", json.dumps(results, indent=1))
     print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
-          f"{results['images_per_second']:,.0f} images/s, {results['peak_memory_mb']:,.0f} MB at peak")
+          f"{results['images_per_second']:,.0f} images/s, {results['peak_memory_mb']:,.0f} MB peak")
     print(f"\nThe backbone, for RGB in [0, 1]:\n\n{loading(args, folder / 'backbone.pt')}")
 
 
@@ -454,9 +450,8 @@ def show_views(folder, data, args, run):
     eight = torch.arange(min(8, len(data.train.labels)))
     draws = [next(common.batches(data.train, eight, 8, c, run.device, seed=(args.seed, i)))[0]
              for i, c in enumerate([central(args)] + [crops(args)] * 3)]
-    if run.rank == 0:
-        seen = [augment(v, args) for views in draws[1:] for v in views]
-        common.picture(folder / "views.png", draws[0] + seen)
+    seen = [augment(v, args) for pair in draws[1:] for v in pair]
+    common.picture(folder / "views.png", draws[0] + seen)
 
 
 @torch.no_grad()
@@ -474,9 +469,8 @@ def embed(f, crops, part, args, run, seed=None):
         rows.append([*(t.float() for t in out), images.labels[i].to(run.device)])
     columns = [torch.cat(c) for c in zip(*rows)]
     if run.world > 1:
-        columns = [Gather.apply(c).unflatten(0, (run.world, -1)).transpose(0, 1) for c in columns]
-        columns = [c.flatten(0, 1)[:n] for c in columns]
-    return columns
+        columns = [torch.stack(Gather.apply(c).chunk(run.world), 1) for c in columns]
+    return [c.flatten(0, 1)[:n] if run.world > 1 else c for c in columns]
 
 
 def knn(x, y, x_test, y_test, k, tau):
@@ -512,7 +506,7 @@ def probes(parts, args):
 
     The penalty is the best on val; for test the classifiers are then made from fit and val.
     """
-    score = {d: linear_probe(*parts[0], *parts[1], d) for d in (1e-1, 1e-2, 1e-3, 1e-4)}
+    score = {d: linear_probe(*parts[0], *parts[1], d) for d in (1.0, 1e-1, 1e-2, 1e-3, 1e-4)}
     best = max(score, key=score.get)
     bank = [torch.cat(t) for t in zip(*parts[:-1])]
     linear = linear_probe(*bank, *parts[2], best) if len(parts) > 2 else score[best]
@@ -523,8 +517,8 @@ def probes(parts, args):
 def health(net, data, args, run):
     """What the loss sees, on two views of up to 1024 validation images: figures and a verdict.
 
-    spread: standard deviation of the unit vectors z / |z|, times sqrt(D): 1 all over the sphere, 0 at
-    a point. alignment: mean squared distance of two views; uniformity: log mean exp(-2 squared
+    spread: standard deviation of the unit vectors z / |z|, times sqrt(D): 1 all over the sphere, 0
+    at a point. alignment: mean squared distance of two views; uniformity: log mean exp(-2 squared
     distance) of two images (Wang & Isola 2020). rank: exponential of the entropy of the singular
     values (RankMe, Garrido et al. 2023).
     """
@@ -532,13 +526,13 @@ def health(net, data, args, run):
         return [t for v in x for t in net(augment(v, args))]
 
     part = data.val[0], data.val[1][:1024]
-    h, z1, _, z2, _ = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
-    z1, z2 = F.normalize(z1), F.normalize(z2)
+    h, *z, _ = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
+    h, z1, z2 = h.nan_to_num(0, 0, 0), *(F.normalize(t.nan_to_num(0, 0, 0)) for t in z[::2])
     apart = torch.pdist(z1.cpu()).square()
     rank = {k: torch.linalg.svdvals(x.cpu()) for k, x in (("h", h), ("z", z1))}
     rank = {k: torch.special.entr(p / p.sum()).sum().exp().item() for k, p in rank.items()}
     spread = z1.std(0).mean().item() * z1.shape[1] ** 0.5
-    collapsed, flat = spread < 0.1, rank["z"] < 0.05 * min(z1.shape)
+    collapsed, flat = spread < 0.1, rank["z"] < 0.05 * z1.shape[1]
     word = "collapsed to a point" if collapsed else "dimensional collapse" if flat else "healthy"
     seen = f"spread {spread:.2f} of 1, rank {rank['z']:.0f} of {z1.shape[1]}"
     return {"spread": spread, "alignment": (z1 - z2).square().sum(1).mean().item(),
@@ -549,6 +543,8 @@ def health(net, data, args, run):
 def evaluate(net, data, args, run, test=False):
     """Health and, where there are labels, top-1 of h and z, on validation or test images."""
     net.eval()
+    for b in net.buffers() if run.world > 1 else ():  # batch norm of CPU processes differs
+        dist.broadcast(b, 0)
     results = health(net, data, args, run)
     if data.labelled:
         parts = [data.fit, data.val] + ([data.test] if test else [])

@@ -40,7 +40,8 @@ COLUMNS = ("tau batch_size seed epochs alignment uniformity spread rank_z rank_h
 @torch.no_grad()
 def measure(net, data, args, run):
     """In place of simclr.report: validation images only, and the similarities of pairs of views."""
-    results = simclr.evaluate(net, data, args, run) | {"tau": args.tau, "batch_size": args.batch_size}
+    results = simclr.evaluate(net, data, args, run)
+    results |= {"tau": args.tau, "batch_size": args.batch_size}
 
     def project(x):
         return [F.normalize(net(simclr.augment(v, args))[1].float()) for v in x]
@@ -62,8 +63,8 @@ def mean(rows, key):
     return torch.tensor([row[key] for row in rows]).mean(0)
 
 
-def figure(path, by_tau, by_batch):
-    """by_tau, by_batch: value -> rows of all seeds."""
+def figure(path, by_tau, by_batch, batch):
+    """by_tau, by_batch: value -> rows of all seeds; batch: that of the recipe."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -83,10 +84,13 @@ def figure(path, by_tau, by_batch):
         x, y = ([mean(rows, k) for rows in groups.values()] for k in ("uniformity", "alignment"))
         ax.plot(x, y, marker, label=name, alpha=0.7)
         for value, *at in zip(groups, x, y):
+            if name == "batch" and value == batch:
+                continue  # the recipe, named with its tau
             ax.annotate(f" {name} {value:g}", at, fontsize=8)
     ax.set(xlabel="uniformity (low: spread out)", ylabel="alignment (low: views agree)")
     ax.legend(fontsize=8)
-    for ax, (name, groups) in zip(right.subplots(2, 1), (("tau", by_tau), ("batch size", by_batch))):
+    sweeps = ("tau", by_tau), ("batch size", by_batch)
+    for ax, (name, groups) in zip(right.subplots(2, 1), sweeps):
         for key in ("linear_top1", "knn_top1"):
             if all(key in row for rows in groups.values() for row in rows):
                 ax.plot(list(groups), [mean(r, key) for r in groups.values()], "o-", label=key[:-5])
@@ -116,8 +120,9 @@ def main(argv=None):
     def run(seed, *change):
         name = "".join(change).strip("-") or "recipe"
         own = ["--epochs", str(args.epochs), "--seed", str(seed), "--eval-every", "0"]
+        out = ["--out", f"{args.runs}/{name}-s{seed}"]
         with mock.patch.object(simclr, "report", measure):
-            rows.append(simclr.main([*own, *others, *change, "--out", f"{args.runs}/{name}-s{seed}"]))
+            rows.append(simclr.main([*own, *others, *change, *out]))
         return rows[-1]["tau"], rows[-1]["batch_size"]
 
     for seed in range(args.seeds):
@@ -131,8 +136,9 @@ def main(argv=None):
     keys = [k for k in COLUMNS if k in rows[0]]  # no top-1 without labels
     lines = [keys] + [[f"{row[k]:.5g}" for k in keys] for row in rows]
     common.write(f"{args.out}/temperature.csv", "".join(",".join(line) + "\n" for line in lines))
-    figure(f"{args.out}/temperature.png", group([r for r in rows if r["batch_size"] == batch], "tau"),
-           group([r for r in rows if r["tau"] == tau], "batch_size"))
+    by_tau = group([row for row in rows if row["batch_size"] == batch], "tau")
+    by_batch = group([row for row in rows if row["tau"] == tau], "batch_size")
+    figure(f"{args.out}/temperature.png", by_tau, by_batch, batch)
     print("\n".join("".join(f"{cell:>17}" for cell in line) for line in lines))
 
 

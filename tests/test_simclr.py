@@ -384,16 +384,16 @@ def newton(x, y, x_test, y_test, decay, mistake=None):
 
 
 def test_linear_probe():
-    x, y = blobs(240, 0.8)
+    x, y = blobs(240, 0.5)
     keep = (y != 0) | (torch.arange(240) % 4 == 0)  # uneven classes: the bias matters
     x, y = x[keep], y[keep]
-    x_test, y_test = blobs(6000, 0.8, seed=1)
+    x_test, y_test = blobs(6000, 0.5, seed=1)
     for decay in (1.0, 0.1, 1e-3):
         exact, got = (f(x, y, x_test, y_test, decay) for f in (newton, simclr.linear_probe))
         assert abs(exact - got) < 0.1, decay
-    exact = newton(x, y, x_test, y_test, 1.0)
-    for mistake in ("no bias", "bias decays", "decay times 10", "no decay"):
-        assert abs(newton(x, y, x_test, y_test, 1.0, mistake) - exact) > 0.5, mistake
+    exact = newton(x, y, x_test, y_test, 0.1)
+    for mistake in ("no bias", "bias decays", "decay times 10", "no decay", "not standardised"):
+        assert abs(newton(x, y, x_test, y_test, 0.1, mistake) - exact) > 2, mistake
     with torch.no_grad():  # as evaluation calls it; separable data, features of any scale
         assert simclr.linear_probe(*blobs(90, 0.1), *blobs(300, 0.1, seed=1), 1e-3) == 100
     noise = draw(1200, 4, seed=3).float().split(600)
@@ -404,7 +404,7 @@ def health_of(h, z1, z2):
     """`health` on a network that answers with these: image k is grey of brightness k / 255."""
     calls = []
 
-    def forward(x):
+    def net(x):
         calls.append(0)
         i = (x[:, 0, 4, 4] * 255).round().long()
         return h[i], (z1, z2)[(len(calls) - 1) % 2][i]
@@ -413,7 +413,6 @@ def health_of(h, z1, z2):
     images = common.Images(torch.zeros(len(h), dtype=torch.int64), grey,
                            torch.full((len(h), 2), 8))
     args = simclr.options("--device cpu --no-crop --no-color --image-size 8 --blur 0".split())
-    net = SimpleNamespace(forward=forward)
     data = SimpleNamespace(val=(images, torch.arange(len(h))))
     return simclr.health(net, data, args, common.setup(args.device))
 
@@ -519,7 +518,7 @@ def test_torchvision_weights_in_and_timm_out(tmp_path):
     assert "120 tensors loaded, missing 0, unexpected 0" in said.getvalue()
     assert all(torch.equal(v, weights[k]) for k, v in net.backbone.state_dict().items())
     argv = [*TINY, "--epochs", "1", "--arch", "resnet18", "--lr", "1e-6", "--eval-every", "0",
-            "--amp", "bf16", "--out", str(tmp_path / "run")]
+            "--out", str(tmp_path / "run")]
     quiet([*argv, "--init", str(tmp_path / "official.pth")])
     made = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)["state_dict"]
     assert close(made["conv1.weight"], weights["conv1.weight"], 1e-4)
@@ -545,7 +544,7 @@ def test_from_an_empty_folder(tmp_path):
     groups = [usage.index(f"\n{g}:") for g in "run data method optimiser evaluation".split()]
     assert groups == sorted(groups) and "--temperature" in usage
     assert (tmp_path / "runs" / "simclr-shapes-s0" / "backbone.pt").exists()
-    assert "Load the backbone" in out and "Traceback" not in err
+    assert "net.load_state_dict" in out and "Traceback" not in err
 
 
 def test_images_without_labels(tmp_path):
@@ -631,13 +630,29 @@ def test_resume_is_bitwise(tmp_path, monkeypatch, request, amp):
         assert not same(saved["state"], whole["state"]) or k == 9
 
 
-def test_half_precision_and_heads_on_cpu(tmp_path):
-    for amp, head, flags in (("fp16", "none", ["--no-color"]), ("bf16", "linear", ["--no-crop"])):
-        folder = tmp_path / amp
-        _, out = quiet([*TINY, *flags, "--epochs", "1", "--eval-every", "0", "--amp", amp,
-                        "--head", head, "--out", str(folder)])
-        row, = rows_of(folder)
-        assert math.isfinite(row["loss"]) and row["skipped"] == 0 and "float16" in out
+def test_heads_flags_and_bf16_on_cpu(tmp_path):
+    """At 32 pixels: at 16, where layer4 sees 1 x 1, the bf16 weight gradient of PyTorch 2.14's
+    CPU convolution differs from call to call and is sometimes NaN."""
+    for head, flag in (("none", "--no-color"), ("linear", "--no-crop")):
+        _, out = quiet([*TINY, flag, "--epochs", "1", "--eval-every", "0", "--amp", "bf16",
+                        "--image-size", "32", "--head", head, "--out", str(tmp_path / head)])
+        row, = rows_of(tmp_path / head)
+        assert 1 < row["loss"] < 9 and row["skipped"] == 0 and "bfloat16" in out
+
+
+def test_fp16_on_cpu(tmp_path, pixels):
+    """The first steps find the scale; an epoch without a single good step has no loss to show."""
+    argv = [*TINY, "--eval-every", "0", "--amp", "fp16", "--batch-size"]
+    quiet([*argv, "4", "--out", str(tmp_path / "run")])
+    rows = rows_of(tmp_path / "run")
+    assert all(0.5 < row["loss"] < 5 for row in rows) and rows[-1]["skipped"] == 0
+
+
+def test_an_epoch_of_failures_has_no_loss(tmp_path, monkeypatch, pixels):
+    monkeypatch.setattr(simclr, "nt_xent", lambda z1, z2, tau: (z1 - z2).sum() * math.nan)
+    quiet([*TINY, "--epochs", "1", "--eval-every", "0", "--out", str(tmp_path / "run")])
+    row, = rows_of(tmp_path / "run")
+    assert row["skipped"] == 3 and row.get("loss") != 0  # 0 would be the best loss of all
 
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
@@ -652,13 +667,9 @@ def test_a_run_that_keeps_failing_stops(tmp_path, monkeypatch, pixels, capsys, a
     monkeypatch.setattr(simclr, "nt_xent", lambda z1, z2, tau: (z1 - z2).sum() * math.nan)
     with pytest.raises(SystemExit) as stopped:
         quiet([*argv, "--resume"])
-    assert stopped.value.code == 2 and re.search(r"\b52\b", error := capsys.readouterr().err), error
-    assert "last.pt" in error and (tmp_path / "run" / "last.pt").read_bytes() == good
-    if amp == "off":  # there is no checkpoint yet, so none is promised
-        with pytest.raises(SystemExit):
-            quiet([*argv, "--out", str(tmp_path / "new")])
-        error = capsys.readouterr().err
-        assert "50" in error and ("last.pt" in error) == (tmp_path / "new" / "last.pt").exists()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.search(r"step 5[0-2]\b", error), error
+    assert (tmp_path / "run" / "last.pt").read_bytes() == good
 
 
 # ==================================================================================================
@@ -700,6 +711,9 @@ def test_wrong_checkpoints(finished, tmp_path, monkeypatch, capsys):
             assert file.name in refused([*out, option, file, "--arch", "resnet18"], capsys)
     assert "backbone.pt" in refused([*out, "--init", backbone, "--stem", "3x3"], capsys)
     assert "last.pt" in refused([*out, "--init", last, "--head", "none"], capsys)
+    deeper = simclr.SimCLR("resnet18").backbone.state_dict()  # holds all that resnet10 has
+    torch.save({"state_dict": deeper}, tmp_path / "deeper.pt")
+    assert "deeper.pt" in refused([*out, "--init", tmp_path / "deeper.pt"], capsys)
     moco = torch.load(last, weights_only=True) | {"method": "moco"}
     torch.save(moco, tmp_path / "moco.pt")
     assert "moco" in refused([*out, "--init", tmp_path / "moco.pt"], capsys)
@@ -734,9 +748,9 @@ def test_wrong_checkpoints(finished, tmp_path, monkeypatch, capsys):
 def batch_and_net():
     torch.manual_seed(0)
     net = simclr.SimCLR("resnet10", "7x7", dim=8).double().eval()
-    for b in net.buffers():  # running statistics away from 0 and 1
+    for name, b in net.named_buffers():  # running statistics away from 0 and 1
         if b.is_floating_point():
-            b.uniform_(0.5, 1.5)
+            b.uniform_(*((0.5, 1.5) if name.endswith("var") else (-0.1, 0.1)))
     return draw(6, 3, 16, 16), draw(6, 3, 16, 16, seed=1), net
 
 
@@ -804,7 +818,9 @@ def two_processes(rank, port, folder):
     except SystemExit as stopped:
         found["code"] = stopped.code
     patch.undo()
-    shutil.copytree(folder / "0" / "parts", "parts", dirs_exist_ok=True) if rank else None
+    dist.barrier()
+    if rank:
+        shutil.copytree(folder / "0" / "parts", "parts")
     dist.barrier()
     simclr.main([*argv, "parts", "--resume"])
     torch.save(found, folder / f"{rank}.pt")
@@ -819,11 +835,13 @@ def test_two_processes(tmp_path):
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     x1, x2, net = batch_and_net()
     one = gradients(net, net, x1, x2, nn.Identity())
+    assert sum(g.abs().max() > 1e-3 for g in one.values()) > 20  # there is something to compare
     features = images_and_features()
     for found in both:
         assert all(close(found["gather"][k], one[k]) for k in one)
         assert close(found["detached"]["loss"], one["loss"])  # the value is right, and yet
-        assert not all(close(found["detached"][k], one[k]) for k in one)
+        assert not close(found["detached"]["backbone.conv1.weight"],
+                         one["backbone.conv1.weight"], 1e-4)
         assert [t.shape[0] for t in found["features"]] == [7, 7, 7]
         assert all(close(a, b, 1e-6) for a, b in zip(found["features"], features))
         assert torch.equal(found["features"][2], torch.tensor([3, 1, 4, 10, 5, 9, 2]))

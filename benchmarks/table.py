@@ -1,0 +1,72 @@
+"""runs/*/results.json -> a CSV: mean and standard deviation over the seeds of every experiment.
+
+    python benchmarks/table.py [--runs runs] [--out benchmarks/simclr.csv] [--name 'simclr-*']
+
+An experiment is the name of a folder without its seed: runs/simclr-shapes-s0, -s1 and -s2 are one.
+If a seed was run again (-s0-2) the last of them counts. Evaluations (-eval) are left out. With one
+seed the deviation is empty, not 0.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+SAME = "method dataset epochs image_size device".split()  # has to agree within an experiment
+FIGURES = ("linear_top1 knn_top1 head_linear_top1 head_knn_top1 untrained_linear_top1 "
+           "untrained_knn_top1 pixels_linear_top1 pixels_knn_top1 spread alignment uniformity "
+           "rank_h rank_z train_seconds total_seconds images_per_second peak_memory_mb").split()
+
+
+def collect(runs, pattern):
+    """experiment -> {seed: results}."""
+    found = {}
+    files = Path(runs).glob(f"{pattern}/results.json")
+    for file in sorted(files, key=lambda f: f.stat().st_mtime):  # a later run replaces an earlier
+        name, results = file.parent.name, json.loads(file.read_text())
+        if not re.search(r"-eval(-\d+)?$", name):
+            seeds = found.setdefault(re.sub(r"-s\d+(-\d+)?$", "", name), {})
+            seeds[results["seed"]] = results
+    return found
+
+
+def row_of(name, seeds):
+    runs = list(seeds.values())
+    row = {"experiment": name, "seeds": len(runs)}
+    for key in SAME:
+        values = {str(run.get(key, "")) for run in runs}
+        if len(values) > 1:
+            raise SystemExit(f"error: the runs of {name} differ in {key}: {', '.join(values)}; "
+                             "move one of them or give it another --out")
+        row[key] = values.pop()
+    for key in FIGURES:
+        values = [run[key] for run in runs if key in run]
+        row[key] = f"{statistics.mean(values):.4g}" if values else ""
+        row[f"{key}_sd"] = f"{statistics.stdev(values):.3g}" if len(values) > 1 else ""
+    return row
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--runs", default="runs", help="folder of the runs (runs)")
+    p.add_argument("--name", default="*", help="which of them, a pattern (*)")
+    p.add_argument("--out", help="CSV to write (none: only print)")
+    args = p.parse_args(argv)
+    rows = [row_of(*item) for item in sorted(collect(args.runs, args.name).items())]
+    if not rows:
+        raise SystemExit(f"error: no {args.runs}/{args.name}/results.json; run something first")
+    if args.out:
+        lines = [rows[0]] + [row.values() for row in rows]
+        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        Path(args.out).write_text(text)
+    print(f"{'experiment':32} seeds  linear top-1     k-NN top-1   images/s")
+    for row in rows:
+        top1 = [f"{row[k] or '-':>6} ± {row[k + '_sd'] or '-':5}" for k in FIGURES[:2]]
+        name, speed = row["experiment"], row["images_per_second"]
+        print(f"{name:32} {row['seeds']:5} {' '.join(top1)} {speed:>10}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
