@@ -8,6 +8,7 @@ In       `Data` finds a set (built in, torchvision's, a folder) and holds it in 
 Images are float32 (N, 3, H, W) in [0, 1] on the device, uint8 where they are stored.
 """
 
+import atexit
 import json
 import math
 import os
@@ -97,13 +98,14 @@ def read_checkpoint(path):
 def save(path, method, args, state, progress):
     """All a run needs to go on: options, state (modules, optimisers, tensors by name), counters."""
     held = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-    options = {"method": method} | vars(args)
+    options = {"method": method, "processes": os.environ.get("WORLD_SIZE", "1")} | vars(args)
     write(path, {"method": method, "args": options, "state": held, "progress": progress})
 
 
 def restore(path, method, args, state):
     """Load what `save` wrote into state -> progress. The options that shape a run must match."""
-    saved, now = read_checkpoint(path), {"method": method} | vars(args)
+    now = {"method": method, "processes": os.environ.get("WORLD_SIZE", "1")} | vars(args)
+    saved = read_checkpoint(path)
     free = "resume out device data_dir workers memory_limit compile eval_every knn_k knn_tau"
     if "args" not in saved:
         fail(f"--resume: {path} is not the last.pt of a run")
@@ -153,6 +155,8 @@ def setup(device=None, amp="auto"):
     name = device or (there + ["cpu"])[0]
     if name not in there + ["cpu"]:
         fail(f"--device {name}: here there is {', '.join(there + ['cpu'])}")
+    if name == "mps" and amp in ("bf16", "fp16"):
+        fail("--amp has to be off on mps")
     cuda, auto = name == "cuda", None
     device = torch.device(name, local if cuda else None)
     if cuda:
@@ -161,11 +165,21 @@ def setup(device=None, amp="auto"):
     dtype = {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     cast = partial(torch.autocast, "cuda" if cuda else "cpu", dtype, enabled=dtype is not None)
     world = max(world, 1)
-    return SimpleNamespace(device=device, rank=rank, world=world, dtype=dtype, autocast=cast)
+    name = torch.cuda.get_device_name(device) if cuda else name
+    return SimpleNamespace(device=device, name=name, rank=rank, world=world, dtype=dtype,
+                           autocast=cast)
+
+
+def cores():
+    """Processors this process may use, its share of them under torchrun."""
+    known = hasattr(os, "sched_getaffinity")
+    there = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Stop:
@@ -205,12 +219,14 @@ class Bar:
 
     def __iter__(self):
         tick = time.perf_counter()
-        for item in self.items:
-            self.waiting += time.perf_counter() - tick
-            yield item
-            self.bar.update()
-            tick = time.perf_counter()
-        self.bar.close()
+        try:
+            for item in self.items:
+                self.waiting += time.perf_counter() - tick
+                yield item
+                self.bar.update()
+                tick = time.perf_counter()
+        finally:
+            self.bar.close()
 
     def say(self, text):
         self.bar.set_postfix_str(text, refresh=False)
@@ -339,7 +355,7 @@ def turn_hue(x, shift):
     (r, g, b), c = x.split(1, 1), chroma.clamp(min=1e-12)
     green_or_blue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
     hue = torch.where(value == r, (g - b) / c, green_or_blue) + 6 * shift  # in sixths of a turn
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + hue) % 6
+    k = (torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1) + hue) % 6
     return value - chroma * k.minimum(4 - k).clamp(0, 1)
 
 
@@ -350,8 +366,9 @@ def color_jitter(x, brightness, contrast, saturation, hue, p):
     Hue is the dear one: a random quarter of the batch each takes it first, second, third or last.
     """
     n, device, on = len(x), x.device, chance(x, p)
-    most = torch.tensor([brightness, contrast, saturation], device=device).view(3, 1, 1, 1, 1)
-    factor = torch.where(on, (1 + uniform(-1, 1, (3, n, 1, 1, 1), device) * most).clamp(min=0), 1.0)
+    draws = zip(uniform(-1, 1, (3, n, 1, 1, 1), device), (brightness, contrast, saturation))
+    factor = torch.stack([1 + draw * most for draw, most in draws]).clamp(min=0)
+    factor = torch.where(on, factor, 1.0)
     shift = torch.where(on, uniform(-hue, hue, (n, 1, 1, 1), device), 0.0)
     order = torch.rand(3, n, 1, 1, 1, device=device).argsort(0)
     shuffle = torch.randperm(n, device=device)
@@ -682,8 +699,10 @@ class Crop(NamedTuple):
 
 def reseed(*numbers):
     """Seed torch's generators from integers."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0]))
+    state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(state)
+    if torch.cuda.is_initialized() or torch.backends.mps.is_available():
+        torch.manual_seed(state)  # of all devices; slow where there is none
 
 
 def batches(images, order, size, crops, device, workers=0, seed=None, first=0):
@@ -694,32 +713,34 @@ def batches(images, order, size, crops, device, workers=0, seed=None, first=0):
     """
     chunks = order.split(size)
     stream = _stream(images, chunks, crops, device, workers, seed) if images.files else None
-    for i, index in enumerate(chunks):
+    places = order.to(device).split(size)  # once: copying to a GPU makes it wait
+    for i, (index, at) in enumerate(zip(chunks, places)):
         if stream:
             views, index = next(stream)
             views = [v.to(device, non_blocking=True).movedim(3, 1).float() / 255 for v in views]
         if seed is not None:
             reseed(*seed, first + i)
         if not stream:
-            x, sizes = images.pixels[index.to(device)].float() / 255, images.sizes[index.to(device)]
+            x, sizes = images.pixels[at].float() / 255, images.sizes[at]
             views = [crop_resize(x, c.boxes(sizes), c.size) for c in crops for _ in range(c.count)]
         yield views, index
 
 
 def _stream(images, chunks, crops, device, workers, seed):
-    def collate(items):
-        views, index, bad = zip(*items)
-        return [torch.from_numpy(np.stack(v)) for v in zip(*views)], torch.tensor(index), bad
-
     loader = torch.utils.data.DataLoader(
         _Files(images.files, crops, seed), batch_sampler=[c.tolist() for c in chunks],
-        num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent)
     for views, index, bad in loader:
         bad = set().union(*bad) - images.unreadable
         warn_unreadable(sorted(bad))
         images.unreadable |= bad
         yield views, index
+
+
+def _collate(items):
+    views, index, bad = zip(*items)
+    return [torch.from_numpy(np.stack(v)) for v in zip(*views)], torch.tensor(index), bad
 
 
 def _leave_signals_to_the_parent(worker):

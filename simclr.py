@@ -21,19 +21,20 @@ image k as 2k - 1 and 2k, here they are k and k + N.
 Departures from the paper:
  1. Crops are resized bilinearly with antialiasing (paper: bicubic), as two matrix products.
  2. The hidden layer of g has batch norm, as in the released code; the paper does not mention it.
- 3. LARS multiplies by the learning rate after the momentum (released code: before), as BYOL's does;
-    the same while the rate is constant.
+    The last batch norm of a residual block does not start at zero as it does there.
+ 3. LARS multiplies by the learning rate after the momentum (released code: before), as BYOL's code
+    does; the same while the rate is constant. Biases and batch norm have no weight decay.
  4. The loss is the paper's mean over 2N anchors; the released code adds the two halves, twice that.
- 5. The built-in set has its own small network and recipe (RECIPES), sized for a CPU.
+ 5. Warm-up is a share of the run. RECIPES: small images are trained by SGD with tau 0.2 (paper:
+    LARS, 0.5), after published CIFAR-10 recipes; the built-in set has its own, sized for a CPU.
 
-What the commands gave is in the README's table.
+    python simclr.py        FIGURES
 """
 
 import argparse
 import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -58,9 +59,9 @@ RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 a
     "small": dict(arch="resnet18", stem="3x3", image_size=64, min_scale=0.08, strength=0.5,
                   blur=0.0, tau=0.2, dim=128, epochs=200, batch_size=512, optimizer="sgd", lr=0.3,
                   weight_decay=1e-4),
-    # larger ones: ImageNet on one GPU, lr 0.075 sqrt(batch) (B.1). The paper: batch 4096, lr 0.3
+    # larger ones: the paper's ImageNet setting, with a batch for one GPU (the paper: 4096)
     "large": dict(arch="resnet50", stem="7x7", image_size=224, min_scale=0.08, strength=1.0,
-                  blur=0.5, tau=0.1, dim=128, epochs=100, batch_size=256, optimizer="lars", lr=1.2,
+                  blur=0.5, tau=0.1, dim=128, epochs=100, batch_size=256, optimizer="lars", lr=0.3,
                   weight_decay=1e-6),
 }
 ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -74,7 +75,7 @@ def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = common.fail
     o = p.add_argument_group("run").add_argument
-    o("--seed", type=whole(0), default=0, help="of weights, order and random draws (0)")
+    o("--seed", type=whole(0, 2**31), default=0, help="of weights, order and random draws (0)")
     o("--device", help="cuda, mps or cpu (the first there is)")
     o("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile network and augmentation")
@@ -85,7 +86,7 @@ def options(argv=None):
     o("--data-dir", default="data", help="where downloaded sets are kept (data)")
     o("--limit", type=whole(1), help="use only so many training images (all)")
     o("--image-size", type=whole(8), help="side of a view in pixels")
-    o("--workers", type=whole(0), default=os.cpu_count(), help="readers of files (a core each)")
+    o("--workers", type=whole(0), default=common.cores(), help="readers of files (a core each)")
     o("--memory-limit", type=common.number(float, 0), default=8, help="GB, more is streamed (8)")
     o = p.add_argument_group("method").add_argument
     o("--arch", choices=ARCHS, help="f (paper: resnet50)")
@@ -97,12 +98,12 @@ def options(argv=None):
     o("--strength", type=share, help="of the colour jitter (paper: 1, CIFAR-10 0.5)")
     o("--blur", type=share, help="probability of a blur (paper: 0.5, CIFAR-10 0)")
     o("--no-color", action="store_true", help="neither colour jitter nor grey images")
-    o("--no-crop", action="store_true", help="whole images instead of random crops")
+    o("--no-crop", action="store_true", help="the central square instead of random crops")
     o = p.add_argument_group("optimiser").add_argument
     o("--epochs", type=whole(1), help="passes over the training images (paper: 100 to 1000)")
     o("--batch-size", type=whole(2), help="N, images in a step of all processes (paper: 4096)")
     o("--optimizer", choices=["sgd", "lars"], help="(paper: lars)")
-    o("--lr", type=positive, help="peak for a batch of 256, in proportion for others (paper: 0.3)")
+    o("--lr", type=positive, help="peak for a batch of 256, others in proportion (paper: 0.3)")
     o("--weight-decay", type=share, help="(paper: 1e-6)")
     o("--warmup", type=share, default=0.1, help="share of the run (0.1; paper: 10 epochs)")
     o = p.add_argument_group("evaluation").add_argument
@@ -257,7 +258,7 @@ class LARS(torch.optim.SGD):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear to peak in `warmup` steps, then a half cosine to 0 (Section 2.2). Test: test_lr_at."""
+    """Linear to peak in `warmup` steps, then a half cosine to 0 (Section 2.3). Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -289,6 +290,7 @@ def load_weights(net, path):
         found = found.get("state_dict", found)
         backbone = {k: v for k, v in found.items() if not k.startswith("fc.")}  # fc: classifier
         common.load_into(net.backbone, backbone, path)
+        print("the head stays random: what is said of z means nothing before training")
     elif found["method"] == method:
         common.load_into(net, found["state"]["net"], path)
     else:
@@ -301,16 +303,17 @@ def train(args, stop):
     run = common.setup(args.device, args.amp)
     name = f"runs/{method}-{Path(args.dataset).name}-s{args.seed}" + "-eval" * bool(args.eval)
     folder = common.run_folder(args.out or name, args.resume)
-    print(f"{method} on {args.dataset}, {run.world} x {run.device.type}, {run.dtype}, to {folder}")
+    print(f"{method} on {args.dataset}, {run.world} x {run.name}, {run.dtype}, to {folder}")
 
     # -- data
     data = common.Data(args.dataset, args.data_dir, args.limit)
     complete(args, data.side)
+    common.write(folder / "args.json", json.dumps(vars(args), indent=1))
     data.read(args.image_size, run.device, args.memory_limit, args.workers)
     n, batch = len(data.train.labels), args.batch_size
     per_epoch, steps = n // batch, args.epochs * (n // batch)
     print(f"{n:,} training images, {len(data.val[1]):,} validation images")
-    if not per_epoch or batch % run.world:
+    if not args.eval and (not per_epoch or batch % run.world):
         common.fail(f"--batch-size {batch} has to be at most the number of training images, {n}, "
                     f"and a multiple of that of processes, {run.world}")
 
@@ -324,8 +327,9 @@ def train(args, stop):
         print("note: no synchronised batch norm on CPUs, each process has its own statistics")
     net = net.to(run.device, memory_format=torch.channels_last)
     compiled = torch.compile if args.compile else lambda f: f
-    view, model = compiled(augment), compiled(net)  # net itself stays as it is, for evaluation
-    model = nn.parallel.DistributedDataParallel(model) if run.world > 1 else model
+    augmented, model = compiled(augment), compiled(net)  # net stays as it is, for evaluation
+    if run.world > 1:
+        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     gathered = Gather.apply if run.world > 1 else nn.Identity()
     state = {"net": net}
 
@@ -337,9 +341,10 @@ def train(args, stop):
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     chance = math.log(2 * batch - 1)  # the loss when nothing is learned
     print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {batch} / 256")
-    few = "warning: a batch under 64 has few negatives, raise --batch-size\n" * (batch < 64)
-    long = "warning: over a third of the run is warm-up, lower --warmup\n" * (args.warmup > 1 / 3)
-    print(few + long, end="")
+    if batch < 64:
+        print("warning: a batch under 64 has few negatives, raise --batch-size")
+    if args.warmup > 1 / 3:
+        print("warning: over a third of the run is warm-up, lower --warmup")
 
     # -- resume
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -354,14 +359,15 @@ def train(args, stop):
         first = step % per_epoch
         batches = data.epoch(epoch, first, batch, crops(args), run, args.seed)
         bar = common.Bar(batches, per_epoch, first, f"epoch {epoch + 1}/{args.epochs}")
-        for x, _ in bar:
+        for views, _ in bar:
             # -- step
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, steps, warmup, peak)
             buffers = [(b, b.clone()) for b in net.buffers() if b.is_floating_point()]
-            x = torch.cat([view(v, args) for v in x])  # (2N, 3, S, S): x1 and x2
+            x1, x2 = (augmented(v, args) for v in views)  # (N, 3, S, S) each
+            x = torch.cat([x1, x2]).contiguous(memory_format=torch.channels_last)
             with run.autocast():
-                h, z = model(x.contiguous(memory_format=torch.channels_last))  # (2N, d), (2N, D)
+                h, z = model(x)  # (2N, d), (2N, D)
             z1, z2 = z.float().chunk(2)  # (N, D) each
             loss = nt_xent(gathered(z1), gathered(z2), args.tau)
             optimizer.zero_grad()
@@ -379,18 +385,20 @@ def train(args, stop):
                                 "--lr or turn --amp off; nothing was saved since")
                 if caught := stop.agreed(run.device):
                     break
-        progress |= {"step": step, "seconds": progress["seconds"] + bar.seconds}
+        (total, good, _), seconds = tally.tolist(), bar.seconds  # in this order: a GPU ends first
+        progress |= {"step": step, "seconds": progress["seconds"] + seconds}
         if step % per_epoch == 0:
-            total, good, _ = tally.tolist()
-            loss, tally[:2] = total / good if good else math.nan, 0
-            rate, waiting = (per_epoch - first) * batch / bar.seconds, bar.waiting / bar.seconds
-            rows.append({"epoch": epoch + 1, "loss": loss if good else None, "waiting": waiting,
-                         "skipped": per_epoch - int(good), "images_per_second": rate})
+            tally[:2] = 0
+            row = {"epoch": epoch + 1, "loss": total / good if good else None,
+                   "skipped": per_epoch - int(good), "waiting": bar.waiting / seconds,
+                   "images_per_second": (per_epoch - first) * batch / seconds}
+            rows.append(row)
             left = common.duration(progress["seconds"] / step * (steps - step))
-            print(f"epoch {epoch + 1}: loss {loss:.3f} (chance {chance:.3f}), {rate:,.0f} images/s,"
-                  f" {waiting:.0%} waiting for data, {left} left")
+            print(f"epoch {epoch + 1}: loss {row['loss'] or math.nan:.3f} (chance {chance:.3f}), "
+                  f"{row['skipped']} steps skipped, {row['images_per_second']:,.0f} images/s, "
+                  f"{row['waiting']:.0%} waiting for data, {left} left")
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
-                rows[-1] |= evaluate(net, data, args, run)
+                row |= evaluate(net, data, args, run)
         # -- save
         common.write_rows(folder / "metrics.jsonl", rows)
         if caught or step == steps or time.perf_counter() - saved > 60:
@@ -401,7 +409,7 @@ def train(args, stop):
             raise SystemExit(128 + caught)
     names = {"dataset", "epochs", "seed", "image_size", "arch", "batch_size", "tau", "head"}
     results = {k: v for k, v in vars(args).items() if k in names} | {
-        "method": method, "device": str(run.device), "versions": {"torch": torch.__version__},
+        "method": method, "device": run.name, "versions": {"torch": torch.__version__},
         "train_seconds": progress["seconds"],
         "images_per_second": step * batch / max(progress["seconds"], 1e-9)}
     results |= report(net, data, args, run)
@@ -418,7 +426,6 @@ def finish(folder, net, args, rows, results):
     common.curves(folder / "curves.png", rows, {
         "loss": ["loss"], "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
         "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
-    common.write(folder / "args.json", json.dumps(vars(args), indent=1))
     common.write(folder / "results.json", json.dumps(results, indent=1))
     print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
           f"{results['images_per_second']:,.0f} images/s, {results['peak_memory_mb']:,.0f} MB peak")
@@ -441,7 +448,7 @@ def loading(args, path):
 
 
 def central(args, size=None):
-    """The view for evaluation: all of a small image, the middle of a larger one (released code)."""
+    """The view for evaluation: a central square, of 7/8 of a larger image (released code)."""
     return [common.Crop(size or args.image_size, 1.0 if args.image_size <= 64 else 0.875)]
 
 
@@ -515,7 +522,7 @@ def probes(parts, args):
 
 @torch.no_grad()
 def health(net, data, args, run):
-    """What the loss sees, on two views of up to 1024 validation images: figures and a verdict.
+    """z of two views of up to 1024 validation images, in eval mode: figures and a verdict.
 
     spread: standard deviation of the unit vectors z / |z|, times sqrt(D): 1 all over the sphere, 0
     at a point. alignment: mean squared distance of two views; uniformity: log mean exp(-2 squared
@@ -526,13 +533,14 @@ def health(net, data, args, run):
         return [t for v in x for t in net(augment(v, args))]
 
     part = data.val[0], data.val[1][:1024]
-    h, *z, _ = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
-    h, z1, z2 = h.nan_to_num(0, 0, 0), *(F.normalize(t.nan_to_num(0, 0, 0)) for t in z[::2])
+    out = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
+    h, z1, _, z2, _ = (t.nan_to_num(0, 0, 0) for t in out)
+    z1, z2 = F.normalize(z1), F.normalize(z2)
     apart = torch.pdist(z1.cpu()).square()
     rank = {k: torch.linalg.svdvals(x.cpu()) for k, x in (("h", h), ("z", z1))}
     rank = {k: torch.special.entr(p / p.sum()).sum().exp().item() for k, p in rank.items()}
     spread = z1.std(0).mean().item() * z1.shape[1] ** 0.5
-    collapsed, flat = spread < 0.1, rank["z"] < 0.05 * z1.shape[1]
+    collapsed, flat = spread < 0.1, rank["z"] < 0.05 * min(z1.shape)
     word = "collapsed to a point" if collapsed else "dimensional collapse" if flat else "healthy"
     seen = f"spread {spread:.2f} of 1, rank {rank['z']:.0f} of {z1.shape[1]}"
     return {"spread": spread, "alignment": (z1 - z2).square().sum(1).mean().item(),
@@ -568,7 +576,8 @@ def report(net, data, args, run):
             results[f"{name}_linear_top1"], results[f"{name}_knn_top1"] = probes(parts, args)
         print(f"\ntop-1 in % on {len(data.test[1]):,} test images    linear   k-NN")
         for label, k in (("h, before the head", ""), ("z, after the head", "head_"),
-                         ("h of the untrained network", "untrained_"), ("raw pixels", "pixels_")):
+                         ("h of the untrained network", "untrained_"),
+                         ("raw pixels, at most 32 x 32", "pixels_")):
             print(f"{label:36} {results[k + 'linear_top1']:8.1f} {results[k + 'knn_top1']:6.1f}")
     return results
 

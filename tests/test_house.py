@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CAPS = {"pretext": 480, "simclr": 380, "moco": 380, "byol": 380, "dino": 450, "ibot": 480,
-        "dinov2": 520, "common": 520}  # lines of code
+CAPS = {"pretext": 480, "simclr": 400, "moco": 400, "byol": 400, "dino": 450, "ibot": 480,
+        "dinov2": 520, "common": 540}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in CAPS
            if (ROOT / f"{name}.py").exists()}
 METHODS = [name for name in SOURCES if name != "common"]  # in reading order
