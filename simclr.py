@@ -28,8 +28,8 @@ Departures from the paper:
  5. Warm-up is a share of the run. RECIPES: small images are trained by SGD with tau 0.2 (paper:
     LARS, 0.5), after published CIFAR-10 recipes; the built-in set has its own, sized for a CPU.
 
-    python simclr.py    90 s on 2 CPU cores; top-1 of h 74.0 +- 2.1 % linear, 54.7 +- 3.1 % k-NN (mean
-                        of 3 seeds; untrained 27.4 and 29.9, pixels 29.6 and 48.5); README: more
+    python simclr.py    90 s on 2 CPU cores; top-1 of h: 74.0 +- 2.1 % linear, 54.7 +- 3.1 % k-NN,
+                        3 seeds (untrained 27.4 and 29.9, pixels 29.6 and 48.5); README: more
 """
 
 import argparse
@@ -312,9 +312,10 @@ def train(args, stop):
     common.write(folder / "args.json", json.dumps(vars(args), indent=1))
     data.read(args.image_size, run.device, args.memory_limit, args.workers)
     n, batch = len(data.train.labels), args.batch_size
-    per_epoch, steps = n // batch, args.epochs * (n // batch)
+    per_epoch = max(n // batch, 1)
+    steps = args.epochs * per_epoch
     print(f"{n:,} training images, {len(data.val[1]):,} validation images")
-    if not args.eval and (not per_epoch or batch % run.world):
+    if not args.eval and (n < batch or batch % run.world):
         common.fail(f"--batch-size {batch} has to be at most the number of training images, {n}, "
                     f"and a multiple of that of processes, {run.world}")
 
