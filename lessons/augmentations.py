@@ -62,7 +62,7 @@ def main(argv=None):
     for seed in range(args.seeds):
         for name, change in COMPOSITIONS.items():
             short = name.replace(" + ", "-")
-            folder = common.run_folder(f"{args.runs}/{short}-s{seed}", False, 0)  # a free name
+            folder = common.run_folder(f"{args.runs}/{short}-s{seed}", False)  # a free name
             own = ["--epochs", str(args.epochs), "--seed", str(seed), "--eval-every", "0"]
             # In place of the report on test images: the evaluation on validation images.
             with mock.patch.object(simclr, "report", simclr.evaluate):
