@@ -330,8 +330,7 @@ def train(args, stop):
     net = net.to(run.device, memory_format=torch.channels_last)
     compiled = torch.compile if args.compile else lambda f: f
     augmented, model = compiled(augment), compiled(net)  # net stays as it is, for evaluation
-    if run.world > 1:
-        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    model = nn.parallel.DistributedDataParallel(model) if run.world > 1 else model
     gathered = Gather.apply if run.world > 1 else nn.Identity()
     state = {"net": net}
 
