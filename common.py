@@ -432,7 +432,8 @@ def shapes(n, size, seed):
 
     The class is the shape. All classes have the same area on average, place and size vary, the tilt
     is at most 25 degrees, light comes from above. The material (plain, striped, checked) is drawn
-    whatever the class, and the hue goes with the material.
+    whatever the class, and the hue goes with the material. Supervised, the default network of
+    simclr.py reaches 92.9 % on the test images in 60 s on 2 CPU cores (one run).
     """
     g = torch.Generator().manual_seed(seed)
     labels = torch.randperm(n, generator=g) % len(SHAPES)
