@@ -383,6 +383,11 @@ def color_jitter(x, brightness, contrast, saturation, hue, p):
     return torch.empty_like(x).index_copy_(0, shuffle, x)
 
 
+def solarize(x, p, threshold=0.5):
+    """Bright values turned round: v -> 1 - v from the threshold on."""
+    return torch.where(chance(x, p) & (x >= threshold), 1 - x, x)
+
+
 def blur(x, sigma, taps, p):
     """Gaussian blur with sigma in a range of pixels, `taps` (odd) wide, edges reflected."""
     s = torch.where(chance(x, p), uniform(*sigma, (len(x), 1, 1, 1), x.device), 1e-3).view(-1, 1)
@@ -521,6 +526,10 @@ class Data:
         for split, (items, labels) in self.parts.items() if limit else ():
             keep = self._shuffle(len(items))[:limit]
             self.parts[split] = [items[i] for i in keep], labels[keep]
+
+    def __len__(self):
+        items, _ = self.parts["train"]
+        return items if isinstance(items, int) else len(items)
 
     def _shuffle(self, n):
         return torch.randperm(n, generator=torch.Generator().manual_seed(0))

@@ -116,15 +116,16 @@ def options(argv=None):
     return p.parse_args(argv)
 
 
-def complete(args, side):
-    """Fill what the user left open from RECIPES for images with this shorter side, and print it."""
+def complete(args, side, n):
+    """Fill what is left open from RECIPES, for n images with this shorter side, and print it."""
     row = "shapes" if side is None else "small" if side <= 64 else "large"
     defaults = RECIPES[row] | {"image_size": min(RECIPES[row]["image_size"], side or math.inf)}
     defaults["eval_every"] = -(-(args.epochs or defaults["epochs"]) // 4)
     for k, value in defaults.items():
         if getattr(args, k) is None:
-            setattr(args, k, value)
-    print(f"recipe {row}:", *(f"{k}={getattr(args, k)}" for k in defaults))
+            setattr(args, k, value(args, n) if callable(value) else value)
+    print(f"recipe {row}:", *(f"{k}={v:.6g}" if isinstance(v := getattr(args, k), float)
+                              else f"{k}={v}" for k in defaults))
 
 
 # ==================================================================================================
@@ -138,16 +139,18 @@ def crops(args):
     return [common.Crop(args.image_size, scale, ratio, count=2)]
 
 
-def augment(x, args):
-    """The rest of it: x (N, 3, S, S) in [0, 1] -> same, an own draw for every image."""
-    x = common.flip(x, p=0.5)
-    if not args.no_color:
-        s = args.strength
-        x = common.color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
-        x = common.grey(x, p=0.2)
-    if args.blur:  # as wide as a tenth of the image
-        x = common.blur(x, sigma=(0.1, 2.0), taps=x.shape[-1] // 20 * 2 + 1, p=args.blur)
-    return x
+def augment(views, args):
+    """The rest of it: views (N, 3, S, S) in [0, 1] -> same, an own draw for every image."""
+    seen, s = [], args.strength
+    for x in views:
+        x = common.flip(x, p=0.5)
+        if not args.no_color:
+            x = common.color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
+            x = common.grey(x, p=0.2)
+        if args.blur:  # as wide as a tenth of the image
+            x = common.blur(x, sigma=(0.1, 2.0), taps=x.shape[-1] // 20 * 2 + 1, p=args.blur)
+        seen.append(x)
+    return seen
 
 
 # ==================================================================================================
@@ -155,9 +158,12 @@ def augment(x, args):
 # ==================================================================================================
 
 
-def resnet(arch, stem):
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # of the input: RGB in [0, 1] as it is
+
+
+def resnet(arch, stem, norm_layer=nn.BatchNorm2d):
     """torchvision's ResNet without its classifier: (N, 3, S, S) -> (N, d)."""
-    net = ResNet(*ARCHS[arch])
+    net = ResNet(*ARCHS[arch], norm_layer=norm_layer)
     net.dim, net.fc = net.fc.in_features, nn.Identity()
     if stem == "3x3":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -266,22 +272,26 @@ def lr_at(step, steps, warmup, peak):
 
 
 def update(loss, net, optimizer, scaler, buffers):
-    """The optimiser's step -> finite (0-dim bool). Where loss or gradient of any process are not,
-    weights and momentum stay and buffers, a list of (b, b before the forward pass), go back.
+    """The optimiser's step -> loss, averaged over processes, and finite (0-dim bool). Where loss or
+    gradient of any process are not, weights and momentum stay and buffers, a list of (b, b before
+    the forward pass), go back. loss: 0-dim, or (T,) with its parts -> (T,).
 
     Decided on the device: the fused optimisers do nothing where found_inf is 1.
     """
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(net.parameters(), math.inf)  # measures, clips nothing
-    failed = 1 - torch.isfinite(norm + loss.detach()).float()
+    loss = loss.detach().reshape(-1)
+    said = torch.cat([~torch.isfinite(norm + loss.sum()).view(1), loss])
     if dist.is_initialized():
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        dist.all_reduce(said)
+        said[1:] /= dist.get_world_size()
+    failed = (said[0] > 0).float()
     optimizer.grad_scale, optimizer.found_inf = None, failed
     optimizer.step()
     scaler.update()
     for b, before in buffers:
         b.copy_(torch.where(failed > 0, before, b))
-    return failed == 0
+    return said[1:], failed == 0
 
 
 def load_weights(net, path):
@@ -308,7 +318,7 @@ def train(args, stop):
 
     # -- data
     data = common.Data(args.dataset, args.data_dir, args.limit)
-    complete(args, data.side)
+    complete(args, data.side, len(data))
     common.write(folder / "args.json", json.dumps(vars(args), indent=1))
     data.read(args.image_size, run.device, args.memory_limit, args.workers)
     n, batch = len(data.train.labels), args.batch_size
@@ -340,7 +350,7 @@ def train(args, stop):
     optimizer = kind(net.parameters(), peak, momentum=0.9, weight_decay=args.weight_decay)
     for p in net.parameters():  # PyTorch leaves it unset if the first step of all is skipped
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    chance = math.log(2 * batch - 1)  # the loss when nothing is learned
+    chance = {"loss": math.log(2 * batch - 1)}  # when nothing is learned
     print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {batch} / 256")
     if batch < 64:
         print("warning: a batch under 64 has few negatives, raise --batch-size")
@@ -349,7 +359,7 @@ def train(args, stop):
 
     # -- resume
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    tally = torch.zeros(3, device=run.device)  # sum of losses, number of them; failures in a row
+    tally = torch.zeros(len(chance) + 2, device=run.device)  # sums, their number; failures in a row
     state |= {"optimizer": optimizer, "scaler": scaler, "tally": tally}
     start = {"step": 0, "seconds": 0.0, "rows": []}
     progress = common.restore(folder / "last.pt", method, args, state) if args.resume else start
@@ -362,10 +372,11 @@ def train(args, stop):
         bar = common.Bar(batches, per_epoch, first, f"epoch {epoch + 1}/{args.epochs}")
         for views, _ in bar:
             # -- step
+            rates = {"lr": lr_at(step, steps, warmup, peak)}
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, steps, warmup, peak)
+                group["lr"] = rates["lr"]
             buffers = [(b, b.clone()) for b in net.buffers() if b.is_floating_point()]
-            x1, x2 = (augmented(v, args) for v in views)  # (N, 3, S, S) each
+            x1, x2 = augmented(views, args)  # (N, 3, S, S) each
             x = torch.cat([x1, x2]).contiguous(memory_format=torch.channels_last)
             with run.autocast():
                 h, z = model(x)  # (2N, d), (2N, D)
@@ -373,33 +384,36 @@ def train(args, stop):
             loss = nt_xent(gathered(z1), gathered(z2), args.tau)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            finite = update(loss, net, optimizer, scaler, buffers)
+            losses, finite = update(loss, net, optimizer, scaler, buffers)
             step += 1
             # -- log
-            loss = torch.where(finite, loss.detach(), 0)
-            tally += torch.stack([loss, finite, torch.where(finite, -tally[2], 1)])
+            good, failures = finite.view(1), torch.where(finite, -tally[-1:], 1)
+            tally += torch.cat([torch.where(finite, losses, 0), good, failures])
             if step % look == 0:
-                total, good, failures = tally.tolist()
-                bar.say(f"loss {total / max(good, 1):.3f} (chance {chance:.3f})")
+                *sums, good, failures = tally.tolist()
+                said = "".join(f", {k} {v:.3g}" for k, v in rates.items())
+                bar.say(f"loss {sums[0] / max(good, 1):.3f} (chance {chance['loss']:.3f}){said}")
                 if failures >= 50 and scaler.get_scale() <= 1:
                     common.fail(f"no finite loss and gradient in 50 steps up to step {step}: lower "
                                 "--lr or turn --amp off; nothing was saved since")
                 if caught := stop.agreed(run.device):
                     break
-        (total, good, _), seconds = tally.tolist(), bar.seconds  # in this order: a GPU ends first
+        (*sums, good, _), seconds = tally.tolist(), bar.seconds  # in this order: a GPU ends first
         progress |= {"step": step, "seconds": progress["seconds"] + seconds}
         if step % per_epoch == 0:
-            tally[:2] = 0
-            row = {"epoch": epoch + 1, "loss": total / good if good else None,
-                   "skipped": per_epoch - int(good), "waiting": bar.waiting / seconds,
+            tally[:-1] = 0
+            means = {k: total / good if good else None for k, total in zip(chance, sums)}
+            row = {"epoch": epoch + 1, **means, **rates, "skipped": per_epoch - int(good),
+                   "waiting": bar.waiting / seconds,
                    "images_per_second": (per_epoch - first) * batch / seconds}
             rows.append(row)
+            said = [f"{k} {means[k] or math.nan:.3f} (chance {c:.3f})" for k, c in chance.items()]
             left = common.duration(progress["seconds"] / step * (steps - step))
-            print(f"epoch {epoch + 1}: loss {row['loss'] or math.nan:.3f} (chance {chance:.3f}), "
-                  f"{row['skipped']} steps skipped, {row['images_per_second']:,.0f} images/s, "
-                  f"{row['waiting']:.0%} waiting for data, {left} left")
+            print(f"epoch {epoch + 1}: {', '.join(said)}, {row['skipped']} steps skipped, "
+                  f"{row['images_per_second']:,.0f} images/s, {row['waiting']:.0%} waiting for "
+                  f"data, {left} left")
             if args.eval_every and (epoch + 1) % args.eval_every == 0:
-                row |= evaluate(net, data, args, run)
+                row |= evaluate(state, data, args, run)
         # -- save
         common.write_rows(folder / "metrics.jsonl", rows)
         if caught or step == steps or time.perf_counter() - saved > 60:
@@ -408,29 +422,30 @@ def train(args, stop):
         if caught:
             print(f"stopped after step {step:,} of {steps:,}, --resume goes on from here")
             raise SystemExit(128 + caught)
-    names = {"dataset", "epochs", "seed", "image_size", "arch", "batch_size", "tau", "head"}
-    results = {k: v for k, v in vars(args).items() if k in names} | {
-        "method": method, "device": run.name, "versions": {"torch": torch.__version__},
+    results = {"method": method} | vars(args) | {
+        "device": run.name, "versions": {"torch": torch.__version__},
         "train_seconds": progress["seconds"],
         "images_per_second": step * batch / max(progress["seconds"], 1e-9)}
-    results |= report(net, data, args, run)
+    results |= report(state, data, args, run)
     results["peak_memory_mb"] = common.peak_memory_mb(run.device)
     results["total_seconds"] = time.perf_counter() - begun
-    finish(folder, net, args, rows, results)
+    finish(folder, state[KEPT], args, rows, results)
     return results
 
 
 def finish(folder, net, args, rows, results):
     """Write backbone.pt, curves, options and results, and print how to load the backbone."""
     weights = {k: v.cpu().contiguous() for k, v in net.backbone.state_dict().items()}
-    common.write(folder / "backbone.pt", {"state_dict": weights, "meta": vars(args)})
+    meta = vars(args) | {"mean": MEAN, "std": STD}
+    common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta})
     common.curves(folder / "curves.png", rows, {
         "loss": ["loss"], "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
         "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
     common.write(folder / "results.json", json.dumps(results, indent=1))
     print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
           f"{results['images_per_second']:,.0f} images/s, {results['peak_memory_mb']:,.0f} MB peak")
-    print(f"\nThe backbone, for RGB in [0, 1]:\n\n{loading(args, folder / 'backbone.pt')}")
+    print(f"\nThe backbone, for (RGB in [0, 1] - {MEAN}) / {STD}:\n\n"
+          f"{loading(args, folder / 'backbone.pt')}")
 
 
 def loading(args, path):
@@ -447,6 +462,8 @@ def loading(args, path):
 # Evaluation
 # ==================================================================================================
 
+KEPT = "net"  # of state: the network that is evaluated and written
+
 
 def central(args, size=None):
     """The view for evaluation: a central square, of 7/8 of a larger image (released code)."""
@@ -458,7 +475,7 @@ def show_views(folder, data, args, run):
     eight = torch.arange(min(8, len(data.train.labels)))
     draws = [next(common.batches(data.train, eight, 8, c, run.device, seed=(args.seed, i)))[0]
              for i, c in enumerate([central(args)] + [crops(args)] * 3)]
-    seen = [augment(v, args) for pair in draws[1:] for v in pair]
+    seen = [v for views in draws[1:] for v in augment(views, args)]
     common.picture(folder / "views.png", draws[0] + seen)
 
 
@@ -522,7 +539,7 @@ def probes(parts, args):
 
 
 @torch.no_grad()
-def health(net, data, args, run):
+def health(state, data, args, run):
     """z of two views of up to 1024 validation images, in eval mode: figures and a verdict.
 
     spread: standard deviation of the unit vectors z / |z|, times sqrt(D): 1 all over the sphere, 0
@@ -531,7 +548,7 @@ def health(net, data, args, run):
     values (RankMe, Garrido et al. 2023).
     """
     def both(x):
-        return [t for v in x for t in net(augment(v, args))]
+        return [t for v in augment(x, args) for t in state[KEPT](v)[:2]]
 
     part = data.val[0], data.val[1][:1024]
     out = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
@@ -540,24 +557,30 @@ def health(net, data, args, run):
     apart = torch.pdist(z1.cpu()).square()
     rank = {k: torch.linalg.svdvals(x.cpu()) for k, x in (("h", h), ("z", z1))}
     rank = {k: torch.special.entr(p / p.sum()).sum().exp().item() for k, p in rank.items()}
-    spread = z1.std(0).mean().item() * z1.shape[1] ** 0.5
-    collapsed, flat = spread < 0.1, rank["z"] < 0.05 * min(z1.shape)
-    word = "collapsed to a point" if collapsed else "dimensional collapse" if flat else "healthy"
-    seen = f"spread {spread:.2f} of 1, rank {rank['z']:.0f} of {z1.shape[1]}"
-    return {"spread": spread, "alignment": (z1 - z2).square().sum(1).mean().item(),
-            "uniformity": (-2 * apart).exp().mean().log().item(),
-            "rank_h": rank["h"], "rank_z": rank["z"], "verdict": f"{word}: z has {seen}"}
+    figures = {"spread": z1.std(0).mean().item() * z1.shape[1] ** 0.5,
+               "alignment": (z1 - z2).square().sum(1).mean().item(),
+               "uniformity": (-2 * apart).exp().mean().log().item(),
+               "rank_h": rank["h"], "rank_z": rank["z"]}
+    return figures | {"verdict": verdict(figures, z1.shape, args, state)}
 
 
-def evaluate(net, data, args, run, test=False):
+def verdict(figures, shape, args, state):
+    """The figures of z, which has this shape, in words."""
+    spread, rank, D = figures["spread"], figures["rank_z"], shape[1]
+    flat = rank < 0.05 * min(shape)
+    word = "collapsed to a point" if spread < 0.1 else "dimensional collapse" if flat else "healthy"
+    return f"{word}: z has spread {spread:.2f} of 1, rank {rank:.0f} of {D}"
+
+
+def evaluate(state, data, args, run, test=False):
     """Health and, where there are labels, top-1 of h and z, on validation or test images."""
-    net.eval()
+    net = state[KEPT].eval()
     for b in net.buffers() if run.world > 1 else ():  # batch norm of CPU processes differs
         dist.broadcast(b, 0)
-    results = health(net, data, args, run)
+    results = health(state, data, args, run)
     if data.labelled:
         parts = [data.fit, data.val] + ([data.test] if test else [])
-        parts = [embed(lambda x: net(x[0]), central(args), p, args, run) for p in parts]
+        parts = [embed(lambda x: net(x[0])[:2], central(args), p, args, run) for p in parts]
         results["linear_top1"], results["knn_top1"] = probes([(h, y) for h, _, y in parts], args)
         results["head_linear_top1"], results["head_knn_top1"] = probes([p[1:] for p in parts], args)
     top1 = [f"{k[:-5].replace('_', ' ')} {v:.1f}" for k, v in results.items() if k.endswith("top1")]
@@ -566,12 +589,12 @@ def evaluate(net, data, args, run, test=False):
     return results
 
 
-def report(net, data, args, run):
+def report(state, data, args, run):
     """On the test set, read once: h and z beside the untrained network and raw pixels, a table."""
-    results = evaluate(net, data, args, run, test=True)
+    results = evaluate(state, data, args, run, test=True)
     if data.labelled:
         untrained, few = build(args).to(run.device).eval(), central(args, min(args.image_size, 32))
-        for name, f, view in (("untrained", lambda x: [untrained.backbone(x[0])], central(args)),
+        for name, f, view in (("untrained", lambda x: untrained(x[0])[:1], central(args)),
                               ("pixels", lambda x: [x[0].flatten(1)], few)):
             parts = [embed(f, view, p, args, run) for p in (data.fit, data.val, data.test)]
             results[f"{name}_linear_top1"], results[f"{name}_knn_top1"] = probes(parts, args)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CAPS = {"pretext": 480, "simclr": 400, "moco": 400, "byol": 400, "dino": 450, "ibot": 480,
-        "dinov2": 520, "common": 540}  # lines of code
+CAPS = {"pretext": 480, "simclr": 410, "moco": 460, "byol": 430, "dino": 450, "ibot": 480,
+        "dinov2": 520, "common": 550}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in CAPS
            if (ROOT / f"{name}.py").exists()}
 METHODS = [name for name in SOURCES if name != "common"]  # in reading order
@@ -23,7 +23,8 @@ BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "
            "Evaluation"]
 BLOCKS = ["setup", "data", "model", "optimiser", "step", "log", "save"]
 SHARED = ["setup", "data", "log", "save"]  # the same text in every file
-FREE = ["augment", "crops", "options", "build", "RECIPES", "train"]  # and vit_* in dinov2
+FREE = ["augment", "crops", "options", "build", "RECIPES", "train", "load_weights", "verdict",
+        "KEPT"]  # and vit_* in dinov2
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENCODING, tokenize.ENDMARKER}
 DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
