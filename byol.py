@@ -60,16 +60,16 @@ def momentum(most):
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
     "shapes": dict(arch="resnet10", stem="7x7", image_size=32, min_scale=0.5, blur=[0.0, 0.0],
-                   solarize=0.0, hidden=512, dim=128, m=momentum(0.99), epochs=12, batch_size=64,
-                   optimizer="sgd", lr=0.2, weight_decay=1e-4),
+                   solarize=0.0, hidden=512, dim=128, epochs=12, batch_size=64,
+                   optimizer="sgd", lr=0.2, weight_decay=1e-4, m=momentum(0.99)),
     # images up to 64 pixels: no blur, after published CIFAR-10 recipes
     "small": dict(arch="resnet18", stem="3x3", image_size=64, min_scale=0.08, blur=[0.0, 0.0],
-                  solarize=0.2, hidden=1024, dim=256, m=momentum(0.99), epochs=200, batch_size=512,
-                  optimizer="sgd", lr=0.12, weight_decay=5e-4),
+                  solarize=0.2, hidden=1024, dim=256, epochs=200, batch_size=512,
+                  optimizer="sgd", lr=0.12, weight_decay=5e-4, m=momentum(0.99)),
     # larger ones: the paper's ImageNet setting of 100 epochs, with a batch for one GPU (4096)
     "large": dict(arch="resnet50", stem="7x7", image_size=224, min_scale=0.08, blur=[1.0, 0.1],
-                  solarize=0.2, hidden=4096, dim=256, m=momentum(0.99), epochs=100, batch_size=256,
-                  optimizer="lars", lr=0.45, weight_decay=1e-6),
+                  solarize=0.2, hidden=4096, dim=256, epochs=100, batch_size=256,
+                  optimizer="lars", lr=0.45, weight_decay=1e-6, m=momentum(0.99)),
 }
 ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
          "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3])}
@@ -470,17 +470,17 @@ def train(args, stop):
     results |= report(state, data, args, run)
     results["peak_memory_mb"] = common.peak_memory_mb(run.device)
     results["total_seconds"] = time.perf_counter() - begun
-    finish(folder, state[KEPT], args, rows, results)
+    finish(folder, state[KEPT], args, rows, results, [*chance])
     return results
 
 
-def finish(folder, net, args, rows, results):
+def finish(folder, net, args, rows, results, terms):
     """Write backbone.pt, curves, options and results, and print how to load the backbone."""
     weights = {k: v.cpu().contiguous() for k, v in net.backbone.state_dict().items()}
     meta = vars(args) | {"mean": MEAN, "std": STD}
     common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta})
     common.curves(folder / "curves.png", rows, {
-        "loss": ["loss"], "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
+        "loss": terms, "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
         "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
     common.write(folder / "results.json", json.dumps(results, indent=1))
     print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
@@ -589,7 +589,7 @@ def health(state, data, args, run):
     values (RankMe, Garrido et al. 2023).
     """
     def both(x):
-        return [t for v in augment(x, args) for t in state[KEPT](v)[:2]]
+        return [t for v in augment(x, args)[:2] for t in state[KEPT](v)[:2]]
 
     part = data.val[0], data.val[1][:1024]
     out = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))

@@ -8,6 +8,7 @@ In       `Data` finds a set (built in, torchvision's, a folder) and holds it in 
 Images are float32 (N, 3, H, W) in [0, 1] on the device, uint8 where they are stored.
 """
 
+import argparse
 import atexit
 import json
 import math
@@ -84,8 +85,24 @@ def write_rows(path, rows):
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+_scalar = np.float64(0).__reduce__()[0]
+
+
+def _numpy_1(*args):
+    return _scalar(*args)
+
+
+_numpy_1.__module__, _numpy_1.__name__ = "numpy.core.multiarray", "scalar"  # in older files
+_numpy_1.__qualname__ = "scalar"
+
+
 def read_checkpoint(path):
-    """The dict in a file of tensors and plain Python, on the CPU; exit code 2 without one."""
+    """The dict in a file of tensors and plain Python, on the CPU; exit code 2 without one.
+
+    Released checkpoints also hold argparse's Namespace and numpy scalars.
+    """
+    kinds = {type(np.dtype(t)) for t in "fdilq"}
+    torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, _scalar, _numpy_1, *kinds])
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -28,7 +28,7 @@ Departures from the papers:
  1. The momentum update comes after the SGD step, as in Algorithm 1; the released code does it
     before the keys are encoded, with the queries' weights of the step before: the same sequence of
     updates, seen half a step later.
- 2. Views are random crops of the same image at any size of set: K and m shrink with it (RECIPES).
+ 2. K and m shrink with the set and the length of the run (RECIPES).
  3. The cosine schedule goes by steps, not by epochs.
  4. RECIPES: small images after the released CIFAR-10 demo, without blur; the built-in set has its
     own, sized for a CPU.
@@ -202,6 +202,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or self.splits == 1:
             return super().forward(x)
+        self.num_batches_tracked.add_(1)
         momentum = 1 - (1 - self.momentum) ** (1 / self.splits)  # the parts together: self.momentum
         return torch.cat([F.batch_norm(part, self.running_mean, self.running_var, self.weight,
                                        self.bias, True, momentum, self.eps)
@@ -228,7 +229,8 @@ class MoCo(nn.Module):
 def build(args):
     """The untrained network: the same weights for the same seed whenever it is called."""
     torch.manual_seed(args.seed)
-    return MoCo(args.arch, args.stem, args.head, args.dim, args.bn_splits)
+    world = dist.get_world_size() if dist.is_initialized() else 1  # each has its share of parts
+    return MoCo(args.arch, args.stem, args.head, args.dim, max(1, args.bn_splits // world))
 
 
 # ==================================================================================================
@@ -418,12 +420,13 @@ def train(args, stop):
           f"{K / n:.2g} epochs, half-life of f_k {half_life:.2g} epochs")
     if not args.eval and K < batch:
         common.fail(f"--queue {K} has to be at least the batch size, {batch}")
-    if not args.eval and (batch % args.bn_splits or args.bn_splits % run.world):
-        common.fail(f"--bn-splits {args.bn_splits} has to divide --batch-size {batch}, and be a "
-                    f"multiple of the processes, {run.world}")
-    if K > n:
+    parts = args.bn_splits
+    if not args.eval and (batch % parts or parts % run.world or 2 * parts > batch):
+        common.fail(f"--bn-splits {parts} has to divide --batch-size {batch} into parts of at "
+                    f"least 2 images, and be a multiple of the processes, {run.world}")
+    if K > n and not args.eval:
         print("warning: the queue holds more keys than there are images, lower --queue")
-    if half_life > args.epochs / 10:
+    if half_life > args.epochs / 10 and not args.eval:
         print("warning: the half-life of f_k is over a tenth of the run, lower --m")
 
     # -- resume
@@ -442,7 +445,7 @@ def train(args, stop):
         for views, _ in bar:
             # -- step
             rates = {"lr": lr_by(args.schedule, step, steps, peak),
-                     "random_keys": max(0.0, 1 - step * batch / K)}  # share of the queue
+                     "random_keys": max(0.0, 1 - (step + 1) * batch / K)}  # share of the queue
             for group in optimizer.param_groups:
                 group["lr"] = rates["lr"]
             buffers = [(b, b.clone()) for f in (net, net_ema) for b in f.buffers()
@@ -504,17 +507,17 @@ def train(args, stop):
     results |= report(state, data, args, run)
     results["peak_memory_mb"] = common.peak_memory_mb(run.device)
     results["total_seconds"] = time.perf_counter() - begun
-    finish(folder, state[KEPT], args, rows, results)
+    finish(folder, state[KEPT], args, rows, results, [*chance])
     return results
 
 
-def finish(folder, net, args, rows, results):
+def finish(folder, net, args, rows, results, terms):
     """Write backbone.pt, curves, options and results, and print how to load the backbone."""
     weights = {k: v.cpu().contiguous() for k, v in net.backbone.state_dict().items()}
     meta = vars(args) | {"mean": MEAN, "std": STD}
     common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta})
     common.curves(folder / "curves.png", rows, {
-        "loss": ["loss"], "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
+        "loss": terms, "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
         "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
     common.write(folder / "results.json", json.dumps(results, indent=1))
     print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
@@ -623,7 +626,7 @@ def health(state, data, args, run):
     values (RankMe, Garrido et al. 2023).
     """
     def both(x):
-        return [t for v in augment(x, args) for t in state[KEPT](v)[:2]]
+        return [t for v in augment(x, args)[:2] for t in state[KEPT](v)[:2]]
 
     part = data.val[0], data.val[1][:1024]
     out = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
@@ -645,7 +648,7 @@ def verdict(figures, shape, args, state):
     flat = rank < 0.05 * min(shape)
     word = "collapsed to a point" if spread < 0.1 else "dimensional collapse" if flat else "healthy"
     random = (state["queue"].cpu() == random_queue(args)).all(0).float().mean().item()
-    filling = f"queue still filling ({random:.0%} random keys), " if random else ""
+    filling = f"queue still filling ({random:.0%} random keys), " * (random > 0 and not args.eval)
     return f"{filling}{word}: q has spread {spread:.2f} of 1, rank {rank:.0f} of {D}"
 
 

@@ -429,17 +429,17 @@ def train(args, stop):
     results |= report(state, data, args, run)
     results["peak_memory_mb"] = common.peak_memory_mb(run.device)
     results["total_seconds"] = time.perf_counter() - begun
-    finish(folder, state[KEPT], args, rows, results)
+    finish(folder, state[KEPT], args, rows, results, [*chance])
     return results
 
 
-def finish(folder, net, args, rows, results):
+def finish(folder, net, args, rows, results, terms):
     """Write backbone.pt, curves, options and results, and print how to load the backbone."""
     weights = {k: v.cpu().contiguous() for k, v in net.backbone.state_dict().items()}
     meta = vars(args) | {"mean": MEAN, "std": STD}
     common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta})
     common.curves(folder / "curves.png", rows, {
-        "loss": ["loss"], "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
+        "loss": terms, "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
         "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
     common.write(folder / "results.json", json.dumps(results, indent=1))
     print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
@@ -548,7 +548,7 @@ def health(state, data, args, run):
     values (RankMe, Garrido et al. 2023).
     """
     def both(x):
-        return [t for v in augment(x, args) for t in state[KEPT](v)[:2]]
+        return [t for v in augment(x, args)[:2] for t in state[KEPT](v)[:2]]
 
     part = data.val[0], data.val[1][:1024]
     out = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))

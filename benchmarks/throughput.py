@@ -1,46 +1,59 @@
-"""How fast is a training step of simclr.py, what would be the ceiling, and where does time go?
+"""How fast is a method's training step, what would be the ceiling, and where does time go?
 
-All figures of one call are of one device. Those that are compared are measured in turns (A B C,
-A B C, ...) in the same run, and a ratio is the median of the ratios of the turns: clocks and
-neighbours change within minutes, and so cancel out. Every part is warmed up first.
+    python benchmarks/throughput.py simclr                               tiny, any machine
+    python benchmarks/throughput.py byol --image-size 32 --compile --variants contiguous unfused
+    python benchmarks/throughput.py moco --image-size 224 --folder PATH --out imagenet.csv
 
-    python benchmarks/throughput.py                                      tiny, any machine
-    python benchmarks/throughput.py --image-size 32 --compile --variants contiguous unfused compile
-    python benchmarks/throughput.py --image-size 224 --folder PATH --out imagenet.csv
+Options that are not listed in --help (--arch, --batch-size, --image-size, --amp, --compile,
+--device, --workers, ...) are those of the method's file. Without --image-size it takes the recipe
+for `shapes`, otherwise the one for images of that size, as if the set were as large as ImageNet.
+The images are noise: content costs nothing. Nothing is evaluated or written during training.
 
-Options that are not listed in --help (--arch, --stem, --batch-size, --image-size, --amp, --compile,
---device, --workers, ...) are those of simclr.py. Without --image-size it takes its recipe for
-`shapes`, otherwise the one for images of that size. The images are noise: content costs nothing.
+  step      `train` of the file as it is, timed between the batches that it asks for
+  network   forward, backward and fused SGD of the same networks on random views that lie ready,
+            with the same autocast, memory format and --compile; a network without gradient has its
+            forward alone: the ceiling
+  crops     of uint8 images in memory; augment: the augmentation of all their views
+  loss      forward and backward, on what it got in a step of the training
+  rest      what is left: guard, momentum updates, queues, copies, the log
 
-  step      the step of simclr.train, line by line, with its functions: crops from uint8 images in
-            memory, augmentation, forward, loss, backward, guarded update
-  network   forward, backward and update of the same network on views that lie ready: the ceiling
-  augment   the augmentation of both views; crops: the two crops of every image, in memory
-  loss      the loss, forward and backward; what is left is the guard, the copies and the order
+All figures of one call are of one process and one device. The parts are warmed up and then measured
+in turns (A B C, A B C, ...) while the training stands still, and a ratio is the median of the
+ratios of the rounds: clocks and neighbours change within minutes, and so cancel out.
 """
 
 import argparse
+import contextlib
+import copy
+import importlib
 import itertools
 import math
+import os
 import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
-import simclr
 
-VARIANTS = {  # of the bare network: memory format, fused optimiser, mode of torch.compile
+METHODS = {  # name of the loss, and the forward passes of a step on its views x -> what is trained
+    "simclr": ("nt_xent", lambda net, ema, x: net(torch.cat(x))[1]),
+    "moco": ("info_nce", lambda net, ema, x: (ema(x[1]), net(x[0])[1])[1]),
+    "byol": ("byol_loss", lambda net, ema, x: (ema(*x), net(*x)[2])[1]),
+}
+VARIANTS = {  # of the bare networks: memory format, fused optimiser, mode of torch.compile
     "contiguous": {"channels_last": False}, "unfused": {"fused": False},
     "eager": {"mode": None}, "compile": {"mode": "default"},
     "reduce-overhead": {"mode": "reduce-overhead"}, "max-autotune": {"mode": "max-autotune"},
     "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
 }
+IMAGES = 1_281_167  # ImageNet's, for what a recipe derives from the size of the set
 
 
 def wait(device):
@@ -49,156 +62,167 @@ def wait(device):
         getattr(torch, device.type).synchronize()
 
 
-def in_turns(parts, rounds, steps, device):
-    """parts: name -> function of one step. -> name -> seconds a step, one for each round."""
-    for f in parts.values():
-        for _ in range(3):
-            f()
-    seconds = {name: [] for name in parts}
-    for _ in range(rounds):
-        for name, f in parts.items():
-            wait(device)
-            begun = time.perf_counter()
-            for _ in range(steps):
-                f()
-            wait(device)
-            seconds[name].append((time.perf_counter() - begun) / steps)
-    return seconds
-
-
 def ratio(a, b):
     return statistics.median(x / y for x, y in zip(a, b))
 
 
-def optimizer_of(net, args, fused=True):
-    if args.optimizer == "lars" and fused:
-        return simclr.LARS(net.parameters(), 0.1, 0.9, args.weight_decay)
-    how = {"momentum": 0.9, "weight_decay": args.weight_decay, "fused": fused}
-    return torch.optim.SGD(net.parameters(), 0.1, **how)
-
-
-def bare(args, run, channels_last=True, fused=True, mode="as simclr.py"):
-    """One step of the network alone -> function."""
+def bare(method, args, run, views, channels_last=True, fused=True, mode="as the training"):
+    """One step of the networks alone, on views of these shapes -> function."""
     form = torch.channels_last if channels_last else torch.contiguous_format
-    net = simclr.build(args).to(run.device, memory_format=form)
-    mode = ("default" if args.compile else None) if mode == "as simclr.py" else mode
-    model = torch.compile(net, mode=mode) if mode else net
-    optimizer = optimizer_of(net, args, fused)
-    x = torch.rand(2 * args.batch_size, 3, args.image_size, args.image_size, device=run.device)
-    x = x.contiguous(memory_format=form)
+    net = method.build(args).to(run.device, memory_format=form)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    mode = ("default" if args.compile else None) if mode == "as the training" else mode
+    models = [torch.compile(f, mode=mode) if mode else f for f in (net, ema)]
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, fused=fused)
+    x = [torch.rand_like(v).contiguous(memory_format=form) for v in views]
+    _, forward = METHODS[method.__name__]
 
     def step():
         with run.autocast():
-            _, z = model(x)
+            out = forward(*models, x)
         optimizer.zero_grad()
-        z.float().square().mean().backward()
+        out.float().square().mean().backward()
         optimizer.step()
 
     return step
 
 
-def endless(images, args, run):
-    """Batches of random crops, pass after pass."""
-    n, batch = len(images.labels), args.batch_size
-    for epoch in itertools.count():
-        order = torch.randperm(n)[: n // batch * batch]
-        yield from common.batches(images, order, batch, simclr.crops(args), run.device,
-                                  args.workers, (args.seed, epoch))
+def again(value):
+    """An argument of the loss, cut off from the network that made it."""
+    if isinstance(value, list | tuple):
+        return [again(v) for v in value]
+    return value.detach().requires_grad_(value.requires_grad) if torch.is_tensor(value) else value
 
 
-def full(args, run, images):
-    """One step as in simclr.train -> function. Keep it the same as there."""
-    net = simclr.build(args).to(run.device, memory_format=torch.channels_last)
-    compiled = torch.compile if args.compile else lambda f: f
-    view, model = compiled(simclr.augment), compiled(net)
-    optimizer = optimizer_of(net, args)
-    for p in net.parameters():
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    batches = endless(images, args, run)
+class Noise:
+    """Stands in for common.Data: random images in memory, and an epoch that is the stop-watch."""
 
-    def step():
-        x, _ = next(batches)
-        buffers = [(b, b.clone()) for b in net.buffers() if b.is_floating_point()]
-        x = torch.cat([view(v, args) for v in x])
-        with run.autocast():
-            _, z = model(x.contiguous(memory_format=torch.channels_last))
-        z1, z2 = z.float().chunk(2)
-        loss = simclr.nt_xent(z1, z2, args.tau)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        simclr.update(loss, net, optimizer, scaler, buffers)
+    side = property(lambda self: self.args.image_size)
 
-    return step
+    def __init__(self, own, args, method):
+        self.own, self.args, self.method, self.seconds = own, args, method, {}
+
+    def __len__(self):
+        return IMAGES
+
+    def read(self, size, device, *_):
+        side = size if size <= 64 else size * 8 // 7
+        n = self.own.images
+        pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8).to(device)
+        sizes, labels = torch.full((n, 2), side, device=device), torch.tensor(-1).expand(IMAGES)
+        self.train = common.Images(labels, pixels, sizes)
+        self.val = self.train, labels[:0]
+
+    def batches(self, batch, crops, run, seed):
+        for number in itertools.count():
+            order = torch.randint(self.own.images, (1000 * batch,))  # copied to the device at once
+            yield from common.batches(self.train, order, batch, crops, run.device, 0,
+                                      (seed, number))
+
+    @contextlib.contextmanager
+    def timed(self, name, steps):
+        """Add the seconds of a step to those of this name."""
+        wait(self.run.device)
+        begun = time.perf_counter()
+        yield
+        wait(self.run.device)
+        self.seconds.setdefault(name, []).append((time.perf_counter() - begun) / steps)
+
+    def epoch(self, number, first, batch, crops, run, seed):
+        """Batches for the training loop: between two of them it does its step."""
+        self.run, steps, calls = run, self.own.steps, []
+        made = self.batches(batch, crops, run, seed)
+        with self.timed("first", 1):
+            yield next(made)
+        name, _ = METHODS[self.method.__name__]
+        loss = getattr(self.method, name)
+        with mock.patch.object(self.method, name, lambda *a: calls.append(again(a)) or loss(*a)):
+            yield next(made)
+        for _ in range(4):
+            yield next(made)
+        wait(run.device)
+        self.peak = common.peak_memory_mb(run.device)
+        compiled = torch.compile if self.args.compile else lambda f: f
+        augmented, more = compiled(self.method.augment), self.batches(batch, crops, run, seed)
+        ready, _ = next(more)
+        views = augmented(ready, self.args)
+        self.views = len(views)
+        parts = {
+            "network": bare(self.method, self.args, run, views),
+            "crops": lambda: next(more),
+            "augment": lambda: augmented(ready, self.args),
+            "loss": lambda: sum(loss(*a) for a in calls).backward(),
+        }
+        for name in self.own.variants:
+            parts[name] = bare(self.method, self.args, run, views, **VARIANTS[name])
+        for f in parts.values():
+            for _ in range(3):
+                f()
+        for _ in range(self.own.rounds):
+            with self.timed("step", steps):
+                for _ in range(steps):
+                    yield next(made)
+            for name, f in parts.items():
+                with self.timed(name, steps):
+                    for _ in range(steps):
+                        f()
 
 
-def training(own, args, run, add):
-    """Rows on the step, its parts and the variants of the bare network."""
-    side = args.image_size if args.image_size <= 64 else args.image_size * 8 // 7
-    n = max(own.images, 2 * args.batch_size)
-    pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8).to(run.device)
-    sizes = torch.full((n, 2), side, device=run.device)
-    images = common.Images(torch.zeros(n, dtype=torch.int64), pixels, sizes)
-    begun = time.perf_counter()
-    step = full(args, run, images)
-    step()
-    wait(run.device)
-    add("time to first step", time.perf_counter() - begun, "s")
-    for _ in range(5):
-        step()
-    wait(run.device)
-    add("peak memory of training", common.peak_memory_mb(run.device), "MB")
+def training(own, args, method, add):
+    """Rows on the step, its parts and the variants of the bare networks -> run."""
+    data, stop = Noise(own, args, method), common.Stop()
+    vars(args).update(dataset="noise", epochs=1, eval_every=0, eval=None, resume=False)
+    stop.signal = 0  # not entered: Ctrl-C ends it at once
 
-    batches, compiled = endless(images, args, run), torch.compile if args.compile else lambda f: f
-    view, (ready, _) = compiled(simclr.augment), next(batches)
-    z = torch.randn(2, args.batch_size, args.dim, device=run.device, requires_grad=True)
-    network = bare(args, run)
-    seconds = in_turns({
-        "step": step, "network": network, "crops": lambda: next(batches),
-        "augment": lambda: torch.cat([view(v, args) for v in ready]),
-        "loss": lambda: simclr.nt_xent(*z, args.tau).backward(),
-    }, own.rounds, own.steps, run.device)
+    def nothing(*_):
+        return {}
+
+    silent = dict.fromkeys(("write", "write_rows", "save"), nothing)
+    with (mock.patch.multiple(common, **silent, Data=lambda *_: data,
+                              run_folder=lambda *_: Path(os.devnull)),
+          mock.patch.multiple(method, show_views=nothing, report=nothing, finish=nothing)):
+        method.train(args, stop)
+    seconds = data.seconds
+    add("first step", seconds.pop("first")[0], "s")
+    add("peak memory of training", data.peak, "MB")
     for name, taken in seconds.items():
-        rate = args.batch_size / statistics.median(taken)
-        add(name, rate, "images/s", ratio(taken, seconds["step"]), "of the step's time")
-        add(name, 2 * rate, "views/s")
+        rate, variant = args.batch_size / statistics.median(taken), name in own.variants
+        label = f"network, {name}" if variant else name
+        add(label, rate, "images/s", *(
+            (ratio(seconds["network"], taken), "times the network's speed") if variant
+            else (ratio(taken, seconds["step"]), "of the step's time")))
+        add(label, data.views * rate, "views/s")
     add("step", ratio(seconds["network"], seconds["step"]), "of the ceiling's speed")
     parts = [sum(t) for t in zip(*(seconds[k] for k in ("network", "crops", "augment", "loss")))]
     add("rest", 1 - ratio(parts, seconds["step"]), "of the step's time")
-    for name in own.variants:
-        other = bare(args, run, **VARIANTS[name])
-        pair = in_turns({"network": network, name: other}, own.rounds, own.steps, run.device)
-        rate = 2 * args.batch_size / statistics.median(pair[name])
-        add(f"network, {name}", rate, "views/s", ratio(pair["network"], pair[name]),
-            "times the network's speed")
-        del other  # with it go a recorded graph and its memory
+    return data.run
 
 
-def evaluation(own, args, run, add):
+def evaluation(own, args, method, run, add):
     """Rows on the parts of an evaluation: n images for the probes, as many to test on."""
     n, side, classes = own.eval_images, args.image_size, 10
     pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8).to(run.device)
     images = common.Images(torch.arange(n) % classes, pixels,
                            torch.full((n, 2), side, device=run.device))
-    net = simclr.build(args).to(run.device, memory_format=torch.channels_last).eval()
+    net = method.build(args).to(run.device, memory_format=torch.channels_last).eval()
     for _ in range(2):  # the second time counts
         wait(run.device)
         begun = time.perf_counter()
-        h, _, y = simclr.embed(lambda x: net(x[0]), simclr.central(args),
-                               (images, torch.arange(n)), args, run)
+        h, y = method.embed(lambda x: net(x[0])[:1], method.central(args),
+                            (images, torch.arange(n)), args, run)
         wait(run.device)
         taken = time.perf_counter() - begun
     add(f"features of {n:,} images", taken, "s", n / taken, "images/s")
-    for name, f, more in (("k-NN", simclr.knn, (args.knn_k, args.knn_tau)),
-                          ("a linear probe", simclr.linear_probe, (1e-3,))):
+    for name, f, more in (("k-NN", method.knn, (args.knn_k, args.knn_tau)),
+                          ("a linear probe", method.linear_probe, (1e-3,))):
         begun = time.perf_counter()
         f(h, y, h, y, *more)
         wait(run.device)
         add(f"{name}, {n:,} images", time.perf_counter() - begun, "s")
 
 
-def streaming(own, args, run, add):
-    """Rows on reading a folder: bare Pillow, and the crops of simclr.py by worker processes."""
+def streaming(own, args, method, run, add):
+    """Rows on reading a folder: bare Pillow, and the crops of the method by worker processes."""
     files, _ = common.Data(own.folder, args.data_dir, own.files).parts["train"]
     images = common.Images(torch.zeros(len(files), dtype=torch.int64), files=list(files))
     workers = args.workers
@@ -214,7 +238,7 @@ def streaming(own, args, run, add):
 
     def stream():
         order = torch.randperm(len(files))
-        for i, _ in enumerate(common.batches(images, order, batch, simclr.crops(args), run.device,
+        for i, _ in enumerate(common.batches(images, order, batch, method.crops(args), run.device,
                                              workers, (args.seed,))):
             if i == max(workers, 1) - 1:
                 wait(run.device)
@@ -234,41 +258,43 @@ def streaming(own, args, run, add):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     p.add_argument("--steps", type=int, default=10, help="in a turn (10; on a GPU take 50)")
     p.add_argument("--rounds", type=int, default=5, help="turns of each part (5)")
     p.add_argument("--images", type=int, default=1024, help="in memory to crop from (1024)")
     p.add_argument("--eval-images", type=int, default=1000, help="to evaluate, 0: none (1000)")
     p.add_argument("--variants", nargs="*", choices=VARIANTS, default=[],
-                   help="other ways to run the bare network, each in turns with the usual one")
+                   help="other ways to run the bare networks, in the same rounds")
     p.add_argument("--folder", help="also stream the training images of this folder")
     p.add_argument("--files", type=int, default=2000, help="of the folder, at most (2000)")
     p.add_argument("--out", help="CSV to write")
     own, others = p.parse_known_args(argv)
-    args = simclr.options(others)
-    simclr.complete(args, args.image_size)
-    run = common.setup(args.device, args.amp)
-    cuda = run.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else platform.processor() or run.device.type
-    what = {"device": f"{device} x {torch.get_num_threads()} threads" * (not cuda) or device,
-            "torch": torch.__version__, "dtype": str(run.dtype or torch.float32)[6:]}
-    what |= {k: getattr(args, k) for k in "arch stem image_size batch_size compile".split()}
-    rows = []
+    method, rows = importlib.import_module(own.method), []
+    args = method.options(others)
+    if args.compile or own.variants:  # with the limit of 8 the last variants would run eager
+        torch._dynamo.config.recompile_limit = 64
 
     def add(quantity, value, unit, share=math.nan, share_unit=""):
         rows.append({"quantity": quantity, "value": f"{value:.4g}", "unit": unit,
                      "ratio": "" if math.isnan(share) else f"{share:.3f}", "is": share_unit})
-        print(".", end="", flush=True)
 
-    training(own, args, run, add)
+    run = training(own, args, method, add)
     if own.eval_images:
-        evaluation(own, args, run, add)
+        evaluation(own, args, method, run, add)
     if own.folder:
-        streaming(own, args, run, add)
+        streaming(own, args, method, run, add)
+    cuda = run.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else platform.processor() or run.device.type
+    what = {"method": own.method,
+            "device": f"{device} x {torch.get_num_threads()} threads" * (not cuda) or device,
+            "torch": torch.__version__, "dtype": str(run.dtype or torch.float32)[6:]}
+    shown = "arch stem patch_size image_size batch_size compile".split()
+    what |= {k: getattr(args, k) for k in shown if hasattr(args, k)}
     if own.out:
         lines = [[*what, *rows[0]]] + [[*what.values(), *row.values()] for row in rows]
         text = "".join(",".join(str(v).replace(",", "") for v in line) + "\n" for line in lines)
         common.write(own.out, text)
-    print("\n\n" + ", ".join(f"{k} {v}" for k, v in what.items()))
+    print("\n" + ", ".join(f"{k} {v}" for k, v in what.items()))
     for row in rows:
         print("{quantity:36} {value:>10} {unit:22} {ratio:>9} {is}".format(**row))
     return rows

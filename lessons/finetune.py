@@ -43,15 +43,34 @@ SHARES = (1.0, 0.1, 0.01)
 STARTS = ("fine-tuned", "from random", "frozen")
 
 
+class Fed(nn.Module):
+    """A backbone with the input it was trained on: (N, 3, S, S) in [0, 1] -> h (N, d)."""
+
+    def __init__(self, net, mean, std):
+        super().__init__()
+        self.net, self.dim = net, net.dim
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, x):
+        return self.net((x - self.mean) / self.std)
+
+
+def build(meta):
+    """The untrained network of a backbone.pt. Older files of simclr.py do not name the input."""
+    net = simclr.resnet(meta["arch"], meta["stem"])
+    return Fed(net, meta.get("mean", simclr.MEAN), meta.get("std", simclr.STD))
+
+
 def rebuild(path):
     """backbone.pt -> the network with its weights, strictly, and meta, how it was trained."""
     found = common.read_checkpoint(path)
     meta = found.get("meta", {})
     if meta.get("arch") not in simclr.ARCHS or "state_dict" not in found:
         common.fail(f"{path} has to be a backbone.pt with one of {', '.join(simclr.ARCHS)}")
-    net = simclr.resnet(meta["arch"], meta["stem"])
-    net.load_state_dict(found["state_dict"])
-    return net, meta
+    backbone = build(meta)
+    backbone.net.load_state_dict(found["state_dict"])
+    return backbone, meta
 
 
 def subset(labels, pool, share, seed):
@@ -101,7 +120,7 @@ def score(net, part, args, run):
     return 100 * (s.argmax(1) == y).float().mean().item(), -F.cross_entropy(s, y).item()
 
 
-def compare(backbone, data, share, args, run, seed):
+def compare(backbone, meta, data, share, args, run, seed):
     """The rows of the three starts for one share of the labels and one seed."""
     images = data.train
     own_val = data.val[0] is images  # then it is a tenth of the training images, and theirs again
@@ -109,7 +128,7 @@ def compare(backbone, data, share, args, run, seed):
     fit, held = subset(images.labels, pool, share, seed)
     both, classes = torch.cat([fit, held]), int(images.labels.max()) + 1
     torch.manual_seed(seed)
-    random = simclr.resnet(args.arch, args.stem)
+    random = build(meta)
     rows = []
     for start, begin in zip(STARTS, (backbone, random)):
         tried = {}
@@ -177,12 +196,12 @@ def main(argv=None):
     vars(args).update(vars(own))  # what both have, such as --epochs, is the lesson's
     run = common.setup(args.device, args.amp)
     data = common.Data(args.dataset, args.data_dir, args.limit)
-    simclr.complete(args, data.side)
+    simclr.complete(args, data.side, len(data))
     data.read(args.image_size, run.device, args.memory_limit, args.workers)
     if not data.labelled:
         common.fail(f"{args.dataset} has no labels to fine-tune with")
     rows = [row for share in SHARES for seed in range(args.seeds)
-            for row in compare(backbone, data, share, args, run, seed)]
+            for row in compare(backbone, meta, data, share, args, run, seed)]
     lines = [list(rows[0])] + [[str(v) for v in row.values()] for row in rows]
     common.write(f"{args.out}/finetune.csv", "".join(",".join(line) + "\n" for line in lines))
     table = summary(rows)

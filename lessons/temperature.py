@@ -38,13 +38,13 @@ COLUMNS = ("tau batch_size seed epochs alignment uniformity spread rank_z rank_h
 
 
 @torch.no_grad()
-def measure(net, data, args, run):
+def measure(state, data, args, run):
     """In place of simclr.report: validation images only, and the similarities of pairs of views."""
-    results = simclr.evaluate(net, data, args, run)
+    results, net = simclr.evaluate(state, data, args, run), state["net"]
     results |= {"tau": args.tau, "batch_size": args.batch_size}
 
     def project(x):
-        return [F.normalize(net(simclr.augment(v, args))[1].float()) for v in x]
+        return [F.normalize(net(v)[1].float()) for v in simclr.augment(x, args)]
 
     net.eval()
     part = data.val[0], data.val[1][:1024]

@@ -186,11 +186,21 @@ def test_flip_and_grey():
     assert far(common.to_grey(x), TF.rgb_to_grayscale(x, 1)) < 1e-6
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.2, 128 / 255])
+def test_solarize_is_torchvisions_on_the_chosen(threshold):
+    x = (noise(400, 5, 6) * 255).round() / 255  # as images come: some values are the threshold
+    common.reseed(7)
+    got = common.solarize(x, 0.3, threshold)
+    chosen = (got != x).flatten(1).any(1)
+    assert torch.equal(got[chosen], TF.solarize(x, threshold)[chosen])
+    assert abs(chosen.float().mean() - 0.3) < 0.08
+
+
 @pytest.mark.parametrize("op, versions", [
-    (common.flip, 2), (common.grey, 2),
+    (common.flip, 2), (common.grey, 2), (common.solarize, 2),
     (lambda x, p: common.blur(x, (0.3, 2.0), 5, p), None),
     (lambda x, p: common.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p), None)],
-    ids=["flip", "grey", "blur", "color_jitter"])
+    ids=["flip", "grey", "solarize", "blur", "color_jitter"])
 def test_every_image_has_its_own_draw(op, versions):
     n = 400
     x = noise(1, 6, 6).expand(n, -1, -1, -1)

@@ -2,8 +2,10 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--limit", "80", "--image-size", "16", "--epochs", "1"]
@@ -19,12 +21,24 @@ def lesson(name):
 @pytest.mark.parametrize("name, rows, own", [
     ("head", 3, ["--batch-size", "16"]),
     ("augmentations", 4, ["--batch-size", "16"]),
+    ("collapse", 5, ["--batch-size", "16"]),
     ("temperature", 3, ["--taus", "0.2", "1", "--batch-sizes", "32"]),
+    ("moco_steps", 5, ["--batch-size", "16"]),
+    ("moco_bn_leak", 2, ["--batch-size", "16", "--splits", "1", "2"]),
 ])
 def test_lesson(tmp_path, name, rows, own):
     lesson(name).main([*TINY, *own, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == 1 + rows
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name, own", [
+    ("ms", "--ms 0 0.9"), ("queues", "--queues 40 --seeds 2")])
+def test_moco_ablations(tmp_path, name, own):
+    lesson("moco_steps").main([*TINY, *own.split(), "--batch-size", "16",
+                               "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    assert len((tmp_path / f"moco_steps-{name}.csv").read_text().splitlines()) == 1 + 2
+    assert (tmp_path / f"moco_steps-{name}.png").stat().st_size > 5000
 
 
 def test_finetune(tmp_path):
@@ -37,3 +51,15 @@ def test_finetune(tmp_path):
     assert len(rows) == 9 and {row["start"] for row in rows} >= {"fine-tuned", "frozen"}
     assert len((tmp_path / "finetune.csv").read_text().splitlines()) == 10
     assert (tmp_path / "finetune.png").stat().st_size > 5000
+
+
+def test_backbone_is_fed_as_in_its_training(tmp_path):
+    import byol
+
+    byol.main([*TINY, "--batch-size", "16", "--eval-every", "0", "--out", str(tmp_path)])
+    backbone, meta = lesson("finetune").rebuild(tmp_path / "backbone.pt")
+    net = byol.build(SimpleNamespace(**meta))
+    net.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["state"]["net"])
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    h, _, _ = net.eval()(x)
+    assert torch.allclose(backbone.eval()(x), h) and not torch.allclose(backbone.net(x), h)
