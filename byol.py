@@ -243,7 +243,7 @@ def ema_update(net_ema, net, m):
 
 
 def m_at(step, steps, m):
-    """From m to 1 by half a cosine (paper, Section 3.2), but 0 stays 0. Test: test_m_at."""
+    """From m to 1 by half a cosine (paper, Section 3.3), but 0 stays 0. Test: test_m_at."""
     return 1 - (1 - m) * (math.cos(math.pi * step / steps) + 1) / 2 if m else 0.0
 
 
@@ -272,7 +272,7 @@ class Gather(torch.autograd.Function):
 
 
 class LARS(torch.optim.SGD):
-    """Layer-wise adaptive rate scaling (You et al. 2017; paper, 2.2). Test: test_lars_equation.
+    """Layer-wise adaptive rate scaling (You et al. 2017). Test: test_lars_equation.
 
         v <- mu v + eta |w| / |g + wd w| (g + wd w),   w <- w - lr v      per tensor w
 
@@ -295,7 +295,7 @@ class LARS(torch.optim.SGD):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear to peak in `warmup` steps, then a half cosine to 0 (Section 2.3). Test: test_lr_at."""
+    """Linear to peak in `warmup` steps, then a half cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

@@ -242,7 +242,7 @@ class Gather(torch.autograd.Function):
 
 
 class LARS(torch.optim.SGD):
-    """Layer-wise adaptive rate scaling (You et al. 2017; paper, 2.2). Test: test_lars_equation.
+    """Layer-wise adaptive rate scaling (You et al. 2017). Test: test_lars_equation.
 
         v <- mu v + eta |w| / |g + wd w| (g + wd w),   w <- w - lr v      per tensor w
 
@@ -265,7 +265,7 @@ class LARS(torch.optim.SGD):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear to peak in `warmup` steps, then a half cosine to 0 (Section 2.3). Test: test_lr_at."""
+    """Linear to peak in `warmup` steps, then a half cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
