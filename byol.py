@@ -60,7 +60,7 @@ def momentum(most):
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
     "shapes": dict(arch="resnet10", stem="7x7", image_size=32, min_scale=0.5, blur=[0.0, 0.0],
-                   solarize=0.0, hidden=512, dim=128, epochs=12, batch_size=64,
+                   solarize=0.0, hidden=512, dim=128, epochs=10, batch_size=64,
                    optimizer="sgd", lr=0.2, weight_decay=1e-4, m=momentum(0.99)),
     # images up to 64 pixels: no blur, after published CIFAR-10 recipes
     "small": dict(arch="resnet18", stem="3x3", image_size=64, min_scale=0.08, blur=[0.0, 0.0],

@@ -70,7 +70,7 @@ def momentum(most):
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
     "shapes": dict(arch="resnet10", stem="7x7", image_size=32, head="mlp", aug="v2", min_scale=0.5,
-                   blur=0.0, tau=0.2, dim=128, bn_splits=2, epochs=24, batch_size=64, lr=0.12,
+                   blur=0.0, tau=0.2, dim=128, bn_splits=2, epochs=14, batch_size=64, lr=0.12,
                    weight_decay=1e-4, schedule="cosine", queue=keys(512), m=momentum(0.99)),
     # images up to 64 pixels: the released CIFAR-10 demo with the head and schedule of v2
     "small": dict(arch="resnet18", stem="3x3", image_size=64, head="mlp", aug="v2", min_scale=0.08,

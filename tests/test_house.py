@@ -24,7 +24,7 @@ BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "
 BLOCKS = ["setup", "data", "model", "optimiser", "step", "log", "save"]
 SHARED = ["setup", "data", "log", "save"]  # the same text in every file
 FREE = ["augment", "crops", "options", "build", "RECIPES", "train", "load_weights", "verdict",
-        "KEPT"]  # and vit_* in dinov2
+        "loading", "KEPT"]  # and vit_* in dinov2
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENCODING, tokenize.ENDMARKER}
 DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
