@@ -466,7 +466,8 @@ def shapes(n, size, seed):
     def draw(low, high):  # (m, 1, 1)
         return torch.rand(len(part), 1, 1, generator=g) * (high - low) + low
 
-    chunks = [c for k in range(len(SHAPES)) for c in (labels == k).nonzero().squeeze(1).split(256)]
+    chunks = [c for k in range(len(SHAPES)) for c in (labels == k).nonzero().squeeze(1).split(256)
+              if len(c)]
     for part in chunks:
         inside = list(SHAPES.values())[labels[part[0]]]
         X, Y = torch.meshgrid(grid, grid, indexing="xy")

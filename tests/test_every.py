@@ -30,6 +30,7 @@ from tools import TINY, close, draw, lighten, quiet, refused, same
 
 import byol
 import common
+import dino
 import moco
 import simclr
 
@@ -47,6 +48,7 @@ METHODS = {
     "simclr": Method(simclr, math.log(31)),
     "moco": Method(moco, math.log(41), "--queue 40"),  # does not divide by the batch
     "byol": Method(byol, 2.0),
+    "dino": Method(dino, math.log(512)),
 }
 LISTED = """method dataset epochs seed device versions linear_top1 knn_top1 head_linear_top1
     untrained_linear_top1 untrained_knn_top1 pixels_linear_top1 pixels_knn_top1 train_seconds
@@ -139,6 +141,8 @@ def test_the_printed_lines_load_the_backbone(finished):
     said = re.search(r"for \(RGB in \[0, 1\] - (\(.+?\))\) / (\(.+?\)):\n\n(import torch.+)",
                      finished.out, re.S)
     mean, std = (torch.tensor(eval(said[i])).view(3, 1, 1) for i in (1, 2))
+    if "timm" in said[3]:
+        pytest.importorskip("timm")
     exec(said[3].replace("runs/", f"{finished.folder.parent}/"), names := {})
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     net = rebuilt(finished)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CAPS = {"pretext": 480, "simclr": 410, "moco": 460, "byol": 430, "dino": 450, "ibot": 480,
+CAPS = {"pretext": 700, "simclr": 410, "moco": 460, "byol": 430, "dino": 600, "ibot": 480,
         "dinov2": 520, "common": 550}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in CAPS
            if (ROOT / f"{name}.py").exists()}
