@@ -448,7 +448,8 @@ def train(args, stop):
                    "waiting": bar.waiting / seconds,
                    "images_per_second": (per_epoch - first) * batch / seconds}
             rows.append(row)
-            said = [f"{k} {means[k] or math.nan:.3f} (chance {c:.3f})" for k, c in chance.items()]
+            said = [f"{k} {math.nan if means[k] is None else means[k]:.3f} (chance {c:.3f})"
+                    for k, c in chance.items()]
             left = common.duration(progress["seconds"] / step * (steps - step))
             print(f"epoch {epoch + 1}: {', '.join(said)}, {row['skipped']} steps skipped, "
                   f"{row['images_per_second']:,.0f} images/s, {row['waiting']:.0%} waiting for "

@@ -62,7 +62,7 @@ RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 a
     # the built-in set, on a CPU
     "shapes": dict(arch="vit_nano", patch_size=8, image_size=32, local_size=16, local_crops=4,
                    global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0], solarize=0.0,
-                   drop_path=0.0, out_dim=512, hidden=512, head_bn=True, tau_t=0.04, epochs=12,
+                   drop_path=0.0, out_dim=512, hidden=512, head_bn=True, tau_t=0.04, epochs=10,
                    batch_size=64, lr=4e-3, weight_decay=0.04, weight_decay_end=0.04,
                    m=momentum(0.99)),
     # images up to 64 pixels: no blur
@@ -663,7 +663,8 @@ def train(args, stop):
                    "waiting": bar.waiting / seconds,
                    "images_per_second": (per_epoch - first) * batch / seconds}
             rows.append(row)
-            said = [f"{k} {means[k] or math.nan:.3f} (chance {c:.3f})" for k, c in chance.items()]
+            said = [f"{k} {math.nan if means[k] is None else means[k]:.3f} (chance {c:.3f})"
+                    for k, c in chance.items()]
             left = common.duration(progress["seconds"] / step * (steps - step))
             print(f"epoch {epoch + 1}: {', '.join(said)}, {row['skipped']} steps skipped, "
                   f"{row['images_per_second']:,.0f} images/s, {row['waiting']:.0%} waiting for "

@@ -46,6 +46,7 @@ METHODS = {  # name of the loss, and the forward passes of a step on its views x
     "simclr": ("nt_xent", lambda net, ema, x: net(torch.cat(x))[1]),
     "moco": ("info_nce", lambda net, ema, x: (ema(x[1]), net(x[0])[1])[1]),
     "byol": ("byol_loss", lambda net, ema, x: (ema(*x), net(*x)[2])[1]),
+    "dino": ("dino_loss", lambda net, ema, x: (ema(*x[:2]), net(*x)[2])[1]),
 }
 VARIANTS = {  # of the bare networks: memory format, fused optimiser, mode of torch.compile
     "contiguous": {"channels_last": False}, "unfused": {"fused": False},

@@ -8,7 +8,7 @@ The token is never told where anything is. It has to say the same of every crop 
 what the crops share is, as a rule, the object; a supervised token needs only as much of the object
 as tells its class.
 
-TO BE FILLED IN
+Not run at its full length yet: what it shows on `shapes` is to be written here.
 
     python dino.py
     python lessons/attention.py runs/dino-shapes-s0/last.pt

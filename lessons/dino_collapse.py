@@ -6,7 +6,7 @@ teacher's entropy plus KL(teacher, student); without one of the two KL goes to 0
 learned. The entropy tells the two ways apart: without sharpening it goes to ln K (all classes
 alike, "uniform teacher"), without centring to 0 (one class for all images, "one-hot teacher").
 
-TO BE FILLED IN
+Not run at its full length yet: what it shows on `shapes` is to be written here.
 
     python lessons/dino_collapse.py                        4 short runs on `shapes`, 2 CPU cores
     python lessons/dino_collapse.py --dataset cifar10 --epochs 50 --seeds 3

@@ -32,6 +32,7 @@ import byol
 import common
 import dino
 import moco
+import pretext
 import simclr
 
 ROOT = Path(common.__file__).parent
@@ -49,6 +50,7 @@ METHODS = {
     "moco": Method(moco, math.log(41), "--queue 40"),  # does not divide by the batch
     "byol": Method(byol, 2.0),
     "dino": Method(dino, math.log(512)),
+    "pretext": Method(pretext, math.log(4), "--optimizer sgd --lr 0.5"),
 }
 LISTED = """method dataset epochs seed device versions linear_top1 knn_top1 head_linear_top1
     untrained_linear_top1 untrained_knn_top1 pixels_linear_top1 pixels_knn_top1 train_seconds
