@@ -25,7 +25,8 @@ Departures from the paper:
  1. Schedules go by steps, also that of tau_t (released code: by epochs), and end at 0 (1e-6). Warm-
     ups are shares of the run.
  2. Crops are resized bilinearly with antialiasing (bicubic).
- 3. RECIPES: small images without blur, and the built-in set on a CPU, have their own.
+ 3. RECIPES: small images without blur. The built-in set on a CPU has a smaller network, and batch
+    norm in the head (an option of the released code): without it z stayed at a point there.
 
     python dino.py
 """

@@ -50,7 +50,8 @@ Departures from the papers:
     1905.09272), in one direction, with a smaller context network; the negatives are the patches
     of the same rows in all views of the batch.
 
-    python pretext.py
+    python pretext.py   75 s on 2 CPU cores (rotation); top-1 of h: 51.4 +- 5.8 % linear, 40.3 +-
+                        3.1 % k-NN, 3 seeds (untrained 27.4 and 29.9, pixels 29.6 and 48.5)
 """
 
 import argparse
