@@ -421,8 +421,8 @@ def ema_update(net_ema, net, m):
     The parameters alone, no buffers. m: a float or a 0-dim tensor. Test: test_ema_update.
     """
     ema, new = list(net_ema.parameters()), list(net.parameters())
-    torch._foreach_mul_(ema, m)
-    torch._foreach_add_(ema, torch._foreach_mul(new, 1 - m))
+    weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)
+    torch._foreach_lerp_(ema, new, [weight] * len(new))  # in one pass; exact for m = 0 and 1
 
 
 def update_center(center, teacher, m):

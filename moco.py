@@ -266,8 +266,8 @@ def ema_update(net_ema, net, m):
     The parameters alone, no buffers. m: a float or a 0-dim tensor. Test: test_ema_update.
     """
     ema, new = list(net_ema.parameters()), list(net.parameters())
-    torch._foreach_mul_(ema, m)
-    torch._foreach_add_(ema, torch._foreach_mul(new, 1 - m))
+    weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)
+    torch._foreach_lerp_(ema, new, [weight] * len(new))  # in one pass; exact for m = 0 and 1
 
 
 def random_queue(args):
@@ -338,9 +338,9 @@ def update(loss, net, optimizer, scaler, buffers):
     Decided on the device: the fused optimisers do nothing where found_inf is 1.
     """
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(net.parameters(), math.inf)  # measures, clips nothing
+    norms = torch._foreach_norm([p.grad for p in net.parameters() if p.grad is not None])
     loss = loss.detach().reshape(-1)
-    said = torch.cat([~torch.isfinite(norm + loss.sum()).view(1), loss])
+    said = torch.cat([~torch.isfinite(torch.stack(norms).sum() + loss.sum()).view(1), loss])
     if dist.is_initialized():
         dist.all_reduce(said)
         said[1:] /= dist.get_world_size()

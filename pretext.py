@@ -831,9 +831,9 @@ def update(loss, net, optimizer, scaler, buffers):
     Decided on the device: the fused optimisers do nothing where found_inf is 1.
     """
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(net.parameters(), math.inf)  # measures, clips nothing
+    norms = torch._foreach_norm([p.grad for p in net.parameters() if p.grad is not None])
     loss = loss.detach().reshape(-1)
-    said = torch.cat([~torch.isfinite(norm + loss.sum()).view(1), loss])
+    said = torch.cat([~torch.isfinite(torch.stack(norms).sum() + loss.sum()).view(1), loss])
     if dist.is_initialized():
         dist.all_reduce(said)
         said[1:] /= dist.get_world_size()
