@@ -28,7 +28,8 @@ Departures from the paper:
  3. RECIPES: small images without blur. The built-in set on a CPU has a smaller network, and batch
     norm in the head (an option of the released code): without it z stayed at a point there.
 
-    python dino.py
+    python dino.py      105 s on 2 CPU cores; top-1 of h: 22.4 +- 0.5 % linear, 18.8 +- 1.3 % k-NN,
+                        3 seeds (untrained 11.1 and 11.1, pixels 29.6 and 48.5); README: more
 """
 
 import argparse

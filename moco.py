@@ -33,8 +33,8 @@ Departures from the papers:
  4. RECIPES: small images after the released CIFAR-10 demo, without blur; the built-in set has its
     own, sized for a CPU.
 
-    python moco.py      110 s on 2 CPU cores; top-1 of h: 55.4 +- 3.0 % linear, 34.9 +- 1.6 % k-NN,
-                        3 seeds (untrained 26.5 and 31.5, pixels 29.6 and 48.5); README: more
+    python moco.py      110 s on 2 CPU cores; top-1 of h: 54.7 +- 1.1 % linear, 34.4 +- 0.8 % k-NN,
+                        3 seeds (untrained 26.4 and 31.4, pixels 29.6 and 48.5); README: more
 """
 
 import argparse
