@@ -567,6 +567,8 @@ def train(args, stop):
         load_weights(net, args.init or args.eval, args)
     if run.world > 1 and run.device.type == "cuda":
         net, net_ema = map(nn.SyncBatchNorm.convert_sync_batchnorm, (net, net_ema))
+    elif run.world > 1 and (args.head_bn or args.arch in RESNETS):
+        print("note: no synchronised batch norm on CPUs, each process has its own statistics")
     for part in (net, net_ema):
         part.load_state_dict(net.state_dict())
         part.to(run.device, memory_format=torch.channels_last)
