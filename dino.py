@@ -84,7 +84,7 @@ RESNETS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 
            "resnet50": (Bottleneck, [3, 4, 6, 3])}
 VITS = {  # width, depth, heads
     "vit_nano": (128, 3, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
-    "vit_base": (768, 12, 12)}
+    "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}
 
 
 def options(argv=None):
@@ -273,22 +273,25 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(w, std=0.02)
         self.apply(init_linear)
 
-    def tokens(self, x):
-        """Class token and patches with their positions: (N, 1 + T, D)."""
-        x = self.patch_embed(x)  # (N, D, H / P, W / P)
-        positions = resample(self.pos_embed, *x.shape[2:])
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1)
+    def tokens(self, patches):
+        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + T, D), class token first, all with their
+        positions."""
+        positions = resample(self.pos_embed, *patches.shape[2:])
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).mT], 1)
         return x + positions
 
-    def forward(self, x):
-        x = self.tokens(x)
+    def encode(self, patches):
+        x = self.tokens(patches)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
+    def forward(self, x):
+        return self.encode(self.patch_embed(x))
+
     def attention(self, x):
         """Of the last block: (N, heads, 1 + T, 1 + T)."""
-        x = self.tokens(x)
+        x = self.tokens(self.patch_embed(x))
         for block in self.blocks[:-1]:
             x = block(x)
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
@@ -310,6 +313,10 @@ def vit_small(patch_size=16, image_size=224, drop_path=0.0):
 
 def vit_base(patch_size=16, image_size=224, drop_path=0.0):
     return ViT(*VITS["vit_base"], patch_size, image_size, drop_path)
+
+
+def vit_large(patch_size=16, image_size=224, drop_path=0.0):
+    return ViT(*VITS["vit_large"], patch_size, image_size, drop_path)
 
 
 class WeightNorm(nn.Module):
@@ -440,12 +447,13 @@ def cosine(step, steps, start, end):
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def tau_at(step, steps, args):
-    """The teacher's temperature: from 0.04 linearly to tau_t. Test: test_tau_at."""
-    if args.no_sharpening:
-        return 1.0
-    share = min(1.0, step / (args.tau_t_warmup * steps)) if args.tau_t_warmup else 1.0
-    return args.tau_t + (1 - share) * min(0.04 - args.tau_t, 0.0)
+def tau_at(step, steps, tau_t, warmup):
+    """The teacher's temperature: from 0.04 linearly to tau_t in this share of the run.
+
+    Test: test_tau_at.
+    """
+    share = min(1.0, step / (warmup * steps)) if warmup else 1.0
+    return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
 
 
 # ==================================================================================================
@@ -623,7 +631,8 @@ def train(args, stop):
             # -- step
             rates = {"lr": lr_at(step, steps, warmup, peak), "m": cosine(step, steps, args.m, 1.0),
                      "wd": cosine(step, steps, args.weight_decay, args.weight_decay_end),
-                     "tau_t": (tau := tau_at(step, steps, args))}
+                     "tau_t": (tau := 1.0 if args.no_sharpening else
+                               tau_at(step, steps, args.tau_t, args.tau_t_warmup))}
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = rates["lr"], rates["wd"] * group["decays"]
             buffers = [(b, b.clone()) for f in (net, net_ema) for b in f.buffers()

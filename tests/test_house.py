@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CAPS = {"pretext": 700, "simclr": 410, "moco": 460, "byol": 430, "dino": 600, "ibot": 480,
-        "dinov2": 520, "common": 550}  # lines of code
+CAPS = {"pretext": 700, "simclr": 410, "moco": 460, "byol": 430, "dino": 600, "ibot": 670,
+        "dinov2": 730, "common": 550}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in CAPS
            if (ROOT / f"{name}.py").exists()}
 METHODS = [name for name in SOURCES if name != "common"]  # in reading order
@@ -24,7 +24,7 @@ BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "
 BLOCKS = ["setup", "data", "model", "optimiser", "step", "log", "save"]
 SHARED = ["setup", "data", "log", "save"]  # the same text in every file
 FREE = ["augment", "crops", "options", "build", "RECIPES", "train", "load_weights", "verdict",
-        "loading", "KEPT"]  # and vit_* in dinov2
+        "loading", "KEPT"]  # and vit_*, VITS in dinov2
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENCODING, tokenize.ENDMARKER}
 DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -103,7 +103,7 @@ def drifted(sources):
     """Names that two files define in two ways."""
     seen, wrong = {}, []
     for file, source in sources.items():
-        free = FREE + ["vit_*"] * (file == "dinov2")
+        free = FREE + ["vit_*", "VITS"] * (file == "dinov2")
         for name, tree in names(source).items():
             if not any(fnmatch(name, pattern) for pattern in free):
                 first, other = seen.setdefault(name, (file, tree))
@@ -175,7 +175,7 @@ def test_sections_and_blocks_in_order(name):
     assert list(sections(source)) == BANNERS
     found = [fence for fence in blocks(source) if fence in BLOCKS]
     assert found == BLOCKS and "\nstate = {" in "\n" + blocks(source)["model"]
-    assert len(blocks(source)["step"].split("\n")) <= 30 and not branches_in_step(source)
+    assert len(blocks(source)["step"].split("\n")) <= 36 and not branches_in_step(source)
     assert ast.parse(source).body[-2].name == "main"
     for title in ("Model", "Loss", "EMA / queue / centre"):  # can be pasted anywhere
         assert "common" not in {n.id for n in ast.walk(ast.parse(sections(source)[title]))
