@@ -62,23 +62,23 @@ def momentum(most):
 
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
-    "shapes": dict(arch="vit_nano", patch_size=8, image_size=32, local_size=16, local_crops=4,
-                   global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0], solarize=0.0,
-                   drop_path=0.0, out_dim=512, hidden=512, head_bn=True, tau_t=0.04, epochs=10,
-                   batch_size=64, lr=4e-3, weight_decay=0.04, weight_decay_end=0.04,
+    "shapes": dict(arch="vit_nano", start="sines", patch_size=8, image_size=32, local_size=16,
+                   local_crops=4, global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0],
+                   solarize=0.0, drop_path=0.0, out_dim=512, hidden=512, head_bn=True, tau_t=0.04,
+                   epochs=10, batch_size=64, lr=4e-3, weight_decay=0.04, weight_decay_end=0.04,
                    m=momentum(0.99)),
     # images up to 64 pixels: no blur
-    "small": dict(arch="vit_tiny", patch_size=4, image_size=32, local_size=16, local_crops=6,
-                  global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0], solarize=0.2,
-                  drop_path=0.1, out_dim=4096, hidden=2048, head_bn=False, tau_t=0.07, epochs=200,
-                  batch_size=512, lr=5e-4, weight_decay=0.04, weight_decay_end=0.4,
+    "small": dict(arch="vit_tiny", start="sines", patch_size=4, image_size=32, local_size=16,
+                  local_crops=6, global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0],
+                  solarize=0.2, drop_path=0.1, out_dim=4096, hidden=2048, head_bn=False, tau_t=0.07,
+                  epochs=200, batch_size=512, lr=5e-4, weight_decay=0.04, weight_decay_end=0.4,
                   m=momentum(0.996)),
     # larger ones: the released code's ViT-S of 100 epochs
-    "large": dict(arch="vit_small", patch_size=16, image_size=224, local_size=96, local_crops=8,
-                  global_scale=0.4, local_scale=0.05, blur=[1.0, 0.1, 0.5], solarize=0.2,
-                  drop_path=0.1, out_dim=65536, hidden=2048, head_bn=False, tau_t=0.07, epochs=100,
-                  batch_size=256, lr=5e-4, weight_decay=0.04, weight_decay_end=0.4,
-                  m=momentum(0.996)),
+    "large": dict(arch="vit_small", start="paper", patch_size=16, image_size=224, local_size=96,
+                  local_crops=8, global_scale=0.4, local_scale=0.05, blur=[1.0, 0.1, 0.5],
+                  solarize=0.2, drop_path=0.1, out_dim=65536, hidden=2048, head_bn=False,
+                  tau_t=0.07, epochs=100, batch_size=256, lr=5e-4, weight_decay=0.04,
+                  weight_decay_end=0.4, m=momentum(0.996)),
 }
 RESNETS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
            "resnet50": (Bottleneck, [3, 4, 6, 3])}
@@ -109,6 +109,8 @@ def options(argv=None):
     o("--memory-limit", type=common.number(float, 0), default=8, help="GB, more is streamed (8)")
     o = p.add_argument_group("method").add_argument
     o("--arch", choices=[*VITS, *RESNETS], help="of the backbone (paper: vit_small)")
+    o("--start", choices=["paper", "sines"], help="weights of the ViT before training (paper; "
+      "sines: for narrow ones and short runs)")
     o("--patch-size", type=whole(1), help="of a ViT, pixels (paper: 16 and 8)")
     o("--drop-path", type=common.number(float, 0, 0.99), help="stochastic depth in "
       "the student's last block (paper: 0.1)")
@@ -303,6 +305,25 @@ def init_linear(m):
         nn.init.zeros_(m.bias)
 
 
+@torch.no_grad()
+def start_with_sines(vit):
+    """Positions as sines and cosines of row and column (as in MoCo v3), in waves from two grids to
+    two patches long, and linear layers of the blocks by Xavier's rule.
+
+    The paper's start, deviations of 0.02 everywhere, is made for widths of 384 and more: in a
+    narrow ViT patches outweigh where they are, and for long the class token is not much but the
+    mean colour. Test: test_start_with_sines.
+    """
+    side = math.isqrt(vit.pos_embed.shape[1] - 1)
+    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
+    angles = torch.arange(side).outer(waves)
+    line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim / 2)
+    vit.pos_embed[0, 1:] = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
+    for m in vit.blocks.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+
+
 def vit_tiny(patch_size=16, image_size=224, drop_path=0.0):
     return ViT(*VITS["vit_tiny"], patch_size, image_size, drop_path)
 
@@ -372,6 +393,8 @@ def build(args, drop_path=0.0):
     torch.manual_seed(args.seed)
     if args.arch in VITS:
         backbone = ViT(*VITS[args.arch], args.patch_size, args.image_size, drop_path)
+        if args.start == "sines":
+            start_with_sines(backbone)
     else:
         backbone = ResNet(*RESNETS[args.arch])
         backbone.dim, backbone.fc = backbone.fc.in_features, nn.Identity()
@@ -570,6 +593,9 @@ def train(args, stop):
                     f"and a multiple of that of processes, {run.world}")
 
     # -- model
+    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0))
+    if args.arch in VITS and least < args.patch_size:
+        common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
     net, net_ema = build(args, args.drop_path), build(args)
     if args.init or args.eval:
         load_weights(net, args.init or args.eval, args)
@@ -603,9 +629,6 @@ def train(args, stop):
     half_life = math.log(2) / max(-math.log(args.m or 1e-9), 1e-9) / per_epoch
     print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {batch} / 256; "
           f"half-life of the teacher {half_life:.2g} epochs at first")
-    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0))
-    if args.arch in VITS and least < args.patch_size:
-        common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
     if args.local_scale > args.global_scale:
         common.fail(f"--local-scale {args.local_scale:g} is over --global-scale "
                     f"{args.global_scale:g}, the largest of a local crop")

@@ -90,23 +90,26 @@ def released(args, n):
 
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 1024, grows by its root
     # the built-in set, on a CPU
-    "shapes": dict(arch="vit_nano", patch_size=8, image_size=32, local_size=16, local_crops=4,
-                   global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0], solarize=0.0,
-                   drop_path=0.0, layer_scale=1.0, ffn=released, registers=0, out_dim=512,
-                   hidden=512, tau_t=0.07, epochs=10, batch_size=64, lr=4e-3, weight_decay=0.04,
-                   weight_decay_end=0.04, m=momentum(0.99), hires_epochs=0, hires_size=48),
+    "shapes": dict(arch="vit_nano", start="sines", patch_size=8, image_size=32, local_size=16,
+                   local_crops=4, global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0],
+                   solarize=0.0, drop_path=0.0, layer_scale=1.0, ffn=released, registers=0,
+                   out_dim=512, hidden=512, tau_t=0.07, epochs=10, batch_size=64, lr=4e-3,
+                   weight_decay=0.04, weight_decay_end=0.04, m=momentum(0.99), hires_epochs=0,
+                   hires_size=48),
     # images up to 64 pixels: no blur
-    "small": dict(arch="vit_tiny", patch_size=4, image_size=32, local_size=16, local_crops=6,
-                  global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0], solarize=0.2,
-                  drop_path=0.1, layer_scale=1e-5, ffn=released, registers=0, out_dim=4096,
-                  hidden=2048, tau_t=0.07, epochs=200, batch_size=512, lr=1e-3, weight_decay=0.04,
-                  weight_decay_end=0.4, m=momentum(0.994), hires_epochs=0, hires_size=48),
+    "small": dict(arch="vit_tiny", start="sines", patch_size=4, image_size=32, local_size=16,
+                  local_crops=6, global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0],
+                  solarize=0.2, drop_path=0.1, layer_scale=1e-5, ffn=released, registers=0,
+                  out_dim=4096, hidden=2048, tau_t=0.07, epochs=200, batch_size=512, lr=1e-3,
+                  weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.994), hires_epochs=0,
+                  hires_size=48),
     # larger ones: the released recipe of 100 epochs (ViT-L/16), with a ViT-S/14
-    "large": dict(arch="vit_small", patch_size=14, image_size=224, local_size=98, local_crops=8,
-                  global_scale=0.32, local_scale=0.05, blur=[0.0, 0.9, 0.5], solarize=0.2,
-                  drop_path=0.3, layer_scale=1e-5, ffn=released, registers=0, out_dim=65536,
-                  hidden=2048, tau_t=0.07, epochs=100, batch_size=256, lr=4e-3, weight_decay=0.04,
-                  weight_decay_end=0.4, m=momentum(0.992), hires_epochs=0, hires_size=518),
+    "large": dict(arch="vit_small", start="paper", patch_size=14, image_size=224, local_size=98,
+                  local_crops=8, global_scale=0.32, local_scale=0.05, blur=[0.0, 0.9, 0.5],
+                  solarize=0.2, drop_path=0.3, layer_scale=1e-5, ffn=released, registers=0,
+                  out_dim=65536, hidden=2048, tau_t=0.07, epochs=100, batch_size=256, lr=4e-3,
+                  weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.992), hires_epochs=0,
+                  hires_size=518),
 }
 VITS = {  # width, depth, heads, feed-forward network of the released ones
     "vit_nano": (128, 3, 4, "mlp"), "vit_tiny": (192, 12, 3, "mlp"),
@@ -125,7 +128,7 @@ def options(argv=None):
     o("--device", help="cuda, mps or cpu (the first there is)")
     o("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile network and augmentation")
-    o("--out", help="output folder (runs/dino-<dataset>-s<seed>)")
+    o("--out", help="output folder (runs/dinov2-<dataset>-s<seed>)")
     o("--resume", action="store_true", help="go on with the interrupted run in --out")
     o = p.add_argument_group("data").add_argument
     o("--dataset", default="shapes", help="shapes, a torchvision set or a folder (shapes)")
@@ -136,6 +139,8 @@ def options(argv=None):
     o("--memory-limit", type=common.number(float, 0), default=8, help="GB, more is streamed (8)")
     o = p.add_argument_group("method").add_argument
     o("--arch", choices=[*VITS], help="of the backbone (paper: vit_small to vit_giant)")
+    o("--start", choices=["paper", "sines"], help="weights of the ViT before training (paper; "
+      "sines: for narrow ones and short runs)")
     o("--patch-size", type=whole(1), help="pixels (paper: 14)")
     o("--ffn", choices=["mlp", "swiglu"], help="feed-forward network (paper: swiglu)")
     o("--layer-scale", type=positive, help="gamma of residual branches at first (paper: 1e-5)")
@@ -269,7 +274,7 @@ def stratified_masks(step, side, args, run):
     own: however many processes share a batch, an image gets the same. Test: test_masks.
     """
     own, N = torch.Generator(), args.batch_size
-    own.manual_seed(args.seed * 2**32 + step)
+    own.manual_seed(args.seed * 2**20 + step)  # it takes 32 bits
     masked, (low, high) = int(2 * N * args.mask_crops), args.mask_ratio
     ratios = low + (high - low) * (torch.arange(masked) + torch.rand(masked, generator=own)) / max(
         masked, 1)
@@ -381,6 +386,8 @@ def resample(pos_embed, height, width):
 def resample_antialiased(pos_embed, height, width):
     """The same in the released networks with registers: to a size, with antialiasing."""
     side = math.isqrt(pos_embed.shape[1] - 1)
+    if (height, width) == (side, side):
+        return pos_embed
     grid = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid.float(), size=(height, width), mode="bicubic", antialias=True)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).mT.to(pos_embed.dtype)], 1)
@@ -444,6 +451,25 @@ def init_linear(m):
     if isinstance(m, nn.Linear):
         nn.init.trunc_normal_(m.weight, std=0.02)
         nn.init.zeros_(m.bias)
+
+
+@torch.no_grad()
+def start_with_sines(vit):
+    """Positions as sines and cosines of row and column (as in MoCo v3), in waves from two grids to
+    two patches long, and linear layers of the blocks by Xavier's rule.
+
+    The paper's start, deviations of 0.02 everywhere, is made for widths of 384 and more: in a
+    narrow ViT patches outweigh where they are, and for long the class token is not much but the
+    mean colour. Test: test_start_with_sines.
+    """
+    side = math.isqrt(vit.pos_embed.shape[1] - 1)
+    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
+    angles = torch.arange(side).outer(waves)
+    line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim / 2)
+    vit.pos_embed[0, 1:] = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
+    for m in vit.blocks.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
 
 
 def vit_small(patch_size=14, image_size=518, registers=0):
@@ -528,6 +554,8 @@ def build(args, drop_path=0.0):
     backbone = RegisterViT(dim, depth, heads, args.ffn, args.patch_size, args.image_size,
                            args.registers, args.layer_scale, drop_path,
                            args.checkpoint_activations)
+    if args.start == "sines":
+        start_with_sines(backbone)
     return DINOv2(backbone, args.out_dim, args.hidden, args.tied_heads)
 
 
@@ -554,11 +582,11 @@ def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
     return Q.exp_()
 
 
-def soft_cross_entropy(s, t, tau_s):
+def distillation(s, t, tau_s):
     """-sum_k t_k log softmax(s / tau_s)_k of rows (paper, Section 4, L_DINO and L_iBOT).
 
     s: (n, K) raw outputs, t: (n, K), rows sum to 1 -> (n,). No gradient to t; the logarithm of s is
-    never written out. Test: test_soft_cross_entropy_equation.
+    never written out. Test: test_distillation_equation.
     """
     s = s / tau_s
     return s.logsumexp(1) - torch.linalg.vecdot(t.detach(), s, dim=1)
@@ -574,7 +602,7 @@ def class_loss(student, targets, tau_s):
     for j, s in enumerate(student):
         n = len(targets) - (j < len(targets))
         mean = (total - targets[j] if j < len(targets) else total) / n  # of the other views
-        loss = loss + n / pairs * soft_cross_entropy(s, mean, tau_s).mean()
+        loss = loss + n / pairs * distillation(s, mean, tau_s).mean()
     return loss
 
 
@@ -584,7 +612,7 @@ def masked_loss(s, targets, weights, tau_s):
     s, targets: (M, K), weights: (M,), as of stratified_masks -> scalar.
     Test: test_masked_loss_equation.
     """
-    return (weights * soft_cross_entropy(s, targets, tau_s)).sum()
+    return (weights * distillation(s, targets, tau_s)).sum()
 
 
 def koleo(x):
@@ -601,8 +629,8 @@ def koleo(x):
 
 
 def mean_entropy(t):
-    """Mean entropy of the targets, (n, K) with rows that sum to 1 -> scalar (Caron et al. 2021,
-    Figure 7). Test: test_entropy.
+    """Mean entropy of the targets, (n, K) with rows that sum to 1 -> scalar (DINO's paper, Figure
+    7). Test: test_mean_entropy.
     """
     return torch.special.entr(t).sum(1).mean()
 
@@ -759,6 +787,9 @@ def train(args, stop):
                     f"and a multiple of that of processes, {run.world}")
 
     # -- model
+    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0))
+    if least < args.patch_size:
+        common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
     net, net_ema = build(args, args.drop_path), build(args)
     if args.init or args.eval:
         load_weights(net, args.init or args.eval, args)
@@ -783,18 +814,15 @@ def train(args, stop):
     optimizer = torch.optim.AdamW(groups, peak, fused=True)
     gather = Gather.apply if run.world > 1 else None
     weights = float(not args.no_class_loss), float(not args.no_token_loss), args.koleo
-    unsure = math.log(args.out_dim)  # of an image without a mask the patches' loss is 0
+    even = math.log(args.out_dim)  # and 0 for the patches of an image without a mask
     point = -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))  # KoLeo of equal tokens
-    chance = {"class": unsure, "patch": unsure * args.mask_crops, "koleo": point}
+    chance = {"class": even, "patch": even * args.mask_crops, "koleo": point}
     chance = {"loss": sum(w * c for w, c in zip(weights, chance.values()))} | chance
-    chance |= {"entropy": unsure, "kl": 0.0}
+    chance |= {"entropy": even, "kl": 0.0}
     half_life = math.log(2) / max(-math.log(args.m or 1e-9), 1e-9) / per_epoch
     print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * "
           f"sqrt({batch} / 1024); "
           f"half-life of the teacher {half_life:.2g} epochs at first")
-    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0))
-    if least < args.patch_size:
-        common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
     if args.mask_ratio[0] > args.mask_ratio[1]:
         common.fail(f"--mask-ratio {args.mask_ratio[0]:g} {args.mask_ratio[1]:g}: give the lower "
                     "one first")

@@ -63,25 +63,23 @@ def momentum(most):
 
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
-    "shapes": dict(arch="vit_nano", patch_size=8, image_size=32, local_size=16, local_crops=4,
-                   global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0], solarize=0.0,
-                   drop_path=0.0, out_dim=512, hidden=512, head_bn=True, tau_t=0.04,
-                   tau_t_patch=0.04, epochs=10,
-                   batch_size=64, lr=4e-3, weight_decay=0.04, weight_decay_end=0.04,
-                   m=momentum(0.99)),
+    "shapes": dict(arch="vit_nano", start="sines", patch_size=8, image_size=32, local_size=16,
+                   local_crops=4, global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0],
+                   solarize=0.0, drop_path=0.0, out_dim=512, hidden=512, head_bn=True, tau_t=0.04,
+                   tau_t_patch=0.04, epochs=10, batch_size=64, lr=4e-3, weight_decay=0.04,
+                   weight_decay_end=0.04, m=momentum(0.99)),
     # images up to 64 pixels: no blur
-    "small": dict(arch="vit_tiny", patch_size=4, image_size=32, local_size=16, local_crops=6,
-                  global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0], solarize=0.2,
-                  drop_path=0.1, out_dim=4096, hidden=2048, head_bn=False, tau_t=0.07,
+    "small": dict(arch="vit_tiny", start="sines", patch_size=4, image_size=32, local_size=16,
+                  local_crops=6, global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0],
+                  solarize=0.2, drop_path=0.1, out_dim=4096, hidden=2048, head_bn=False, tau_t=0.07,
                   tau_t_patch=0.07, epochs=200, batch_size=512, lr=5e-4, weight_decay=0.04,
                   weight_decay_end=0.4, m=momentum(0.996)),
     # larger ones: the released ViT-S, for 100 epochs of its 800
-    "large": dict(arch="vit_small", patch_size=16, image_size=224, local_size=96, local_crops=10,
-                  global_scale=0.25, local_scale=0.05, blur=[1.0, 0.1, 0.5], solarize=0.2,
-                  drop_path=0.1, out_dim=8192, hidden=2048, head_bn=False, tau_t=0.07,
-                  tau_t_patch=0.07, epochs=100,
-                  batch_size=256, lr=5e-4, weight_decay=0.04, weight_decay_end=0.4,
-                  m=momentum(0.996)),
+    "large": dict(arch="vit_small", start="paper", patch_size=16, image_size=224, local_size=96,
+                  local_crops=10, global_scale=0.25, local_scale=0.05, blur=[1.0, 0.1, 0.5],
+                  solarize=0.2, drop_path=0.1, out_dim=8192, hidden=2048, head_bn=False, tau_t=0.07,
+                  tau_t_patch=0.07, epochs=100, batch_size=256, lr=5e-4, weight_decay=0.04,
+                  weight_decay_end=0.4, m=momentum(0.996)),
 }
 VITS = {  # width, depth, heads
     "vit_nano": (128, 3, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
@@ -99,7 +97,7 @@ def options(argv=None):
     o("--device", help="cuda, mps or cpu (the first there is)")
     o("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile network and augmentation")
-    o("--out", help="output folder (runs/dino-<dataset>-s<seed>)")
+    o("--out", help="output folder (runs/ibot-<dataset>-s<seed>)")
     o("--resume", action="store_true", help="go on with the interrupted run in --out")
     o = p.add_argument_group("data").add_argument
     o("--dataset", default="shapes", help="shapes, a torchvision set or a folder (shapes)")
@@ -110,6 +108,8 @@ def options(argv=None):
     o("--memory-limit", type=common.number(float, 0), default=8, help="GB, more is streamed (8)")
     o = p.add_argument_group("method").add_argument
     o("--arch", choices=[*VITS], help="of the backbone (paper: vit_small to vit_large)")
+    o("--start", choices=["paper", "sines"], help="weights of the ViT before training (paper; "
+      "sines: for narrow ones and short runs)")
     o("--patch-size", type=whole(1), help="pixels (paper: 16)")
     o("--drop-path", type=common.number(float, 0, 0.99), help="stochastic depth in "
       "the student's last block (paper: 0.1)")
@@ -233,7 +233,7 @@ def draw_masks(step, args, run):
     of its own: however many processes share a batch, an image gets the same mask.
     """
     own, N, side = torch.Generator(), args.batch_size, args.image_size // args.patch_size
-    own.manual_seed(args.seed * 2**32 + step)
+    own.manual_seed(args.seed * 2**20 + step)  # it takes 32 bits
     hidden = torch.rand(2, N, generator=own) < args.mask_crops
     low, high = args.mask_ratio
     ratios = torch.where(hidden, low + (high - low) * torch.rand(2, N, generator=own), 0.0)
@@ -359,6 +359,25 @@ def init_linear(m):
         nn.init.zeros_(m.bias)
 
 
+@torch.no_grad()
+def start_with_sines(vit):
+    """Positions as sines and cosines of row and column (as in MoCo v3), in waves from two grids to
+    two patches long, and linear layers of the blocks by Xavier's rule.
+
+    The paper's start, deviations of 0.02 everywhere, is made for widths of 384 and more: in a
+    narrow ViT patches outweigh where they are, and for long the class token is not much but the
+    mean colour. Test: test_start_with_sines.
+    """
+    side = math.isqrt(vit.pos_embed.shape[1] - 1)
+    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
+    angles = torch.arange(side).outer(waves)
+    line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim / 2)
+    vit.pos_embed[0, 1:] = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
+    for m in vit.blocks.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+
+
 def vit_tiny(patch_size=16, image_size=224, drop_path=0.0):
     return ViT(*VITS["vit_tiny"], patch_size, image_size, drop_path)
 
@@ -449,6 +468,8 @@ def build(args, drop_path=0.0):
     """The untrained network: the same weights for the same seed whenever it is called."""
     torch.manual_seed(args.seed)
     backbone = ViT(*VITS[args.arch], args.patch_size, args.image_size, drop_path)
+    if args.start == "sines":
+        start_with_sines(backbone)
     return IBOT(backbone, args.out_dim, args.hidden, args.head_bn, args.separate_heads)
 
 
@@ -627,15 +648,16 @@ def load_weights(net, path, args):
         found = found.get("state_dict", found)
         weights = {f"backbone.{k}": v for k, v in found.items() if not k.startswith("fc.")}
     own = net.state_dict()
-    if not any(k.startswith("head.") and v.shape == own.get(k, v).shape
+    if not any(k.startswith("head.") and k in own and v.shape == own[k].shape
                for k, v in weights.items() if k.endswith("weight_v")):
         print("the head stays random: what is said of z means nothing before training")
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
         weights |= {k: v for k, v in own.items() if k.startswith("head.")}
     k = "backbone.masked_embed"  # its name in the released code, where the student alone has one
     weights["masked_embed"] = weights.pop(k, weights.get("masked_embed", own["masked_embed"]))
-    if "head.last_layer2.weight_v" not in own:  # shared: it is there twice
-        weights = {k: v for k, v in weights.items() if "last_layer2" not in k}
+    if "head.last_layer2.weight_v" not in own:  # shared, in the released code it is there twice
+        weights = {k: v for k, v in weights.items() if "last_layer2" not in k
+                   or not torch.equal(v, weights.get(k.replace("layer2", "layer"), v))}
     if (k := "backbone.pos_embed") in weights and k in own:
         side = math.isqrt(own[k].shape[1] - 1)
         weights[k] = resample(weights[k], side, side)
@@ -664,6 +686,9 @@ def train(args, stop):
                     f"and a multiple of that of processes, {run.world}")
 
     # -- model
+    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0))
+    if least < args.patch_size:
+        common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
     net, net_ema = build(args, args.drop_path), build(args)
     if args.init or args.eval:
         load_weights(net, args.init or args.eval, args)
@@ -695,15 +720,12 @@ def train(args, stop):
     optimizer = torch.optim.AdamW(groups, peak, fused=True)
     last_layer = [p for k, p in net.head.named_parameters() if "last_layer" in k]
     weights = float(not args.no_class_loss), float(not args.no_token_loss)
-    unsure = math.log(args.out_dim)  # of an image without a mask the patches' loss is 0
-    chance = {"class": unsure, "patch": unsure * args.mask_crops, "entropy": unsure, "kl": 0.0}
+    even = math.log(args.out_dim)  # and 0 for the patches of an image without a mask
+    chance = {"class": even, "patch": even * args.mask_crops, "entropy": even, "kl": 0.0}
     chance = {"loss": weights[0] * chance["class"] + weights[1] * chance["patch"]} | chance
     half_life = math.log(2) / max(-math.log(args.m or 1e-9), 1e-9) / per_epoch
     print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {batch} / 256; "
           f"half-life of the teacher {half_life:.2g} epochs at first")
-    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0))
-    if least < args.patch_size:
-        common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
     if args.mask_ratio[0] > args.mask_ratio[1]:
         common.fail(f"--mask-ratio {args.mask_ratio[0]:g} {args.mask_ratio[1]:g}: give the lower "
                     "one first")

@@ -452,7 +452,7 @@ def train(args, stop):
             buffers = [(b, b.clone()) for f in (net, net_ema) for b in f.buffers()
                        if b.is_floating_point()]
             x_q, x_k = augmented(views, args)  # (n, 3, S, S) each, n images of this process
-            shuffle.manual_seed(args.seed * 2**32 + step)  # the same in every process
+            shuffle.manual_seed(args.seed * 2**20 + step)  # the same in every process
             order = torch.randperm(batch, generator=shuffle, device=run.device)
             with run.autocast():
                 _, q = f_q(x_q.contiguous(memory_format=torch.channels_last))  # (n, C)

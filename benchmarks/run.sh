@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The commands behind the published figures. METHOD is simclr, moco, byol, ...; from the root:
+# The commands behind the published figures. METHOD is pretext, simclr, moco, byol, dino,
+# ibot or dinov2; from the root:
 #
 #   bash benchmarks/run.sh METHOD shapes          the built-in set, 3 seeds, 2 CPU cores
 #   bash benchmarks/run.sh METHOD cifar10-look    CIFAR-10 as a folder of files, a look on a CPU
@@ -24,7 +25,9 @@ shapes() {
 }
 
 cifar10-look() { # a tenth of the images and epochs: shows that it learns, not how far it gets
-    $python "$method.py" --dataset "${CIFAR_FILES:-data/cifar10-jpg}" --limit 5000 --arch resnet10 \
+    local arch=(--arch resnet10)
+    case $method in ibot | dinov2) arch=(--arch vit_nano) ;; esac
+    $python "$method.py" --dataset "${CIFAR_FILES:-data/cifar10-jpg}" --limit 5000 "${arch[@]}" \
         --epochs 20 --batch-size 256 --out "runs/$method-cifar10look-s0" "$@"
 }
 
@@ -61,5 +64,5 @@ table() {
 [ -f "$method.py" ] || target=
 case $target in
 shapes | cifar10-look | cifar10 | imagenet | throughput | table) "$target" "$@" ;;
-*) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+*) sed -n '2,13s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

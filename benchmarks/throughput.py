@@ -12,10 +12,12 @@ The images are noise: content costs nothing. Nothing is evaluated or written dur
   step      `train` of the file as it is, timed between the batches that it asks for
   network   forward, backward and fused SGD of the same networks on random views that lie ready,
             with the same autocast, memory format and --compile; a network without gradient has its
-            forward alone: the ceiling
+            forward alone: the ceiling. ibot, dinov2: under the masks of the first step, with the
+            heads of patches; pretext: on what the task makes of the views, with its head
   crops     of uint8 images in memory; augment: the augmentation of all their views
-  loss      forward and backward, on what it got in a step of the training
-  rest      what is left: guard, momentum updates, queues, copies, the log
+  loss      forward and backward, on what it got in a step of the training; dinov2: and targets
+  rest      what is left: guard, momentum updates, queues, masks, what a pretext task makes of its
+            views, copies, the log
 
 All figures of one call are of one process and one device. The parts are warmed up and then measured
 in turns (A B C, A B C, ...) while the training stands still, and a ratio is the median of the
@@ -24,7 +26,6 @@ ratios of the rounds: clocks and neighbours change within minutes, and so cancel
 
 import argparse
 import contextlib
-import copy
 import importlib
 import itertools
 import math
@@ -42,11 +43,17 @@ from PIL import Image
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
 
-METHODS = {  # name of the loss, and the forward passes of a step on its views x -> what is trained
-    "simclr": ("nt_xent", lambda net, ema, x: net(torch.cat(x))[1]),
-    "moco": ("info_nce", lambda net, ema, x: (ema(x[1]), net(x[0])[1])[1]),
-    "byol": ("byol_loss", lambda net, ema, x: (ema(*x), net(*x)[2])[1]),
-    "dino": ("dino_loss", lambda net, ema, x: (ema(*x[:2]), net(*x)[2])[1]),
+METHODS = {  # names of the losses, and the forward passes of a step -> list of what is trained; x:
+    # views, or what a task makes of them, more: the other inputs of the two passes
+    "pretext": (["loss"], lambda net, ema, x, more: net(*x, ask=True)),
+    "simclr": (["nt_xent"], lambda net, ema, x, more: [net(torch.cat(x))[1]]),
+    "moco": (["info_nce"], lambda net, ema, x, more: (ema(x[1]), [net(x[0])[1]])[1]),
+    "byol": (["byol_loss"], lambda net, ema, x, more: (ema(*x), [net(*x)[2]])[1]),
+    "dino": (["dino_loss"], lambda net, ema, x, more: (ema(*x[:2]), [net(*x)[2]])[1]),
+    "ibot": (["ibot_loss"], lambda net, ema, x, more: (
+        ema(*x[:2], with_patches=True), net(*x, with_patches=True, **more)[2:])[1]),
+    "dinov2": (["sinkhorn_knopp", "class_loss", "masked_loss", "koleo"], lambda net, ema, x, more: (
+        ema(*x[:2], hidden=more["hidden"]), net(*x, **more)[2:])[1]),
 }
 VARIANTS = {  # of the bare networks: memory format, fused optimiser, mode of torch.compile
     "contiguous": {"channels_last": False}, "unfused": {"fused": False},
@@ -67,22 +74,39 @@ def ratio(a, b):
     return statistics.median(x / y for x, y in zip(a, b))
 
 
+def masks(method, args, run):
+    """What the networks of ibot and dinov2 get beside views: a step's masks, by name."""
+    if method.__name__ == "ibot":
+        return {"masks": method.draw_masks(0, args, run).to(run.device)}
+    if method.__name__ == "dinov2":
+        side = args.image_size // args.patch_size
+        drawn = method.stratified_masks(0, side, args, run)
+        return {k: v.to(run.device) for k, v in zip(("masks", "hidden"), drawn)}
+    return {}
+
+
 def bare(method, args, run, views, channels_last=True, fused=True, mode="as the training"):
     """One step of the networks alone, on views of these shapes -> function."""
     form = torch.channels_last if channels_last else torch.contiguous_format
-    net = method.build(args).to(run.device, memory_format=form)
-    ema = copy.deepcopy(net).requires_grad_(False)
+    net, ema = method.build(args), method.build(args).requires_grad_(False)
+    if getattr(args, "drop_path", 0):  # of the student alone, which saves work by it in dinov2
+        net = method.build(args, args.drop_path)
+    for f in (net, ema):
+        f.to(run.device, memory_format=form)
     mode = ("default" if args.compile else None) if mode == "as the training" else mode
     models = [torch.compile(f, mode=mode) if mode else f for f in (net, ema)]
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, fused=fused)
-    x = [torch.rand_like(v).contiguous(memory_format=form) for v in views]
+    x, more = [torch.rand_like(v) for v in views], masks(method, args, run)
+    if method.__name__ == "pretext":
+        x, _ = net.head.make(torch.cat(x))
+    x = [v.contiguous(memory_format=form) for v in x]
     _, forward = METHODS[method.__name__]
 
     def step():
         with run.autocast():
-            out = forward(*models, x)
+            out = forward(*models, x, more)
         optimizer.zero_grad()
-        out.float().square().mean().backward()
+        sum(t.float().square().mean() for t in out).backward()
         optimizer.step()
 
     return step
@@ -93,6 +117,13 @@ def again(value):
     if isinstance(value, list | tuple):
         return [again(v) for v in value]
     return value.detach().requires_grad_(value.requires_grad) if torch.is_tensor(value) else value
+
+
+def losses(calls):
+    """Forward and backward of the losses on what they have been called with before."""
+    found = [f(*again(a), **more) for f, a, more in calls]
+    terms = [t for out in found for t in (out if isinstance(out, tuple) else [out])]
+    sum(t.sum() for t in terms if t.requires_grad).backward()
 
 
 class Noise:
@@ -135,9 +166,13 @@ class Noise:
         made = self.batches(batch, crops, run, seed)
         with self.timed("first", 1):
             yield next(made)
-        name, _ = METHODS[self.method.__name__]
-        loss = getattr(self.method, name)
-        with mock.patch.object(self.method, name, lambda *a: calls.append(again(a)) or loss(*a)):
+        names, _ = METHODS[self.method.__name__]
+        held = self.method.TASKS[self.args.task] if hasattr(self.method, "TASKS") else self.method
+
+        def noted(loss):
+            return lambda *a, **more: calls.append((loss, again(a), more)) or loss(*a, **more)
+
+        with mock.patch.multiple(held, **{name: noted(getattr(held, name)) for name in names}):
             yield next(made)
         for _ in range(4):
             yield next(made)
@@ -152,7 +187,7 @@ class Noise:
             "network": bare(self.method, self.args, run, views),
             "crops": lambda: next(more),
             "augment": lambda: augmented(ready, self.args),
-            "loss": lambda: sum(loss(*a) for a in calls).backward(),
+            "loss": lambda: losses(calls),
         }
         for name in self.own.variants:
             parts[name] = bare(self.method, self.args, run, views, **VARIANTS[name])
@@ -171,17 +206,22 @@ class Noise:
 
 def training(own, args, method, add):
     """Rows on the step, its parts and the variants of the bare networks -> run."""
-    data, stop = Noise(own, args, method), common.Stop()
+    data, stop, batches = Noise(own, args, method), common.Stop(), common.batches
     vars(args).update(dataset="noise", epochs=1, eval_every=0, eval=None, resume=False)
     stop.signal = 0  # not entered: Ctrl-C ends it at once
 
     def nothing(*_):
         return {}
 
+    def held(images, order, *more):
+        return batches(images, order % len(images.pixels), *more)
+
     silent = dict.fromkeys(("write", "write_rows", "save"), nothing)
-    with (mock.patch.multiple(common, **silent, Data=lambda *_: data,
+    views = {"picturing": lambda epochs, *_: epochs} if hasattr(method, "picturing") else {
+        "show_views": nothing}
+    with (mock.patch.multiple(common, **silent, Data=lambda *_: data, batches=held,
                               run_folder=lambda *_: Path(os.devnull)),
-          mock.patch.multiple(method, show_views=nothing, report=nothing, finish=nothing)):
+          mock.patch.multiple(method, **views, report=nothing, finish=nothing)):
         method.train(args, stop)
     seconds = data.seconds
     add("first step", seconds.pop("first")[0], "s")
@@ -289,7 +329,7 @@ def main(argv=None):
     what = {"method": own.method,
             "device": f"{device} x {torch.get_num_threads()} threads" * (not cuda) or device,
             "torch": torch.__version__, "dtype": str(run.dtype or torch.float32)[6:]}
-    shown = "arch stem patch_size image_size batch_size compile".split()
+    shown = "task arch stem patch_size image_size batch_size compile".split()
     what |= {k: getattr(args, k) for k in shown if hasattr(args, k)}
     if own.out:
         lines = [[*what, *rows[0]]] + [[*what.values(), *row.values()] for row in rows]

@@ -12,8 +12,8 @@ against shortcuts and without, where the task gets easier and the features, as a
 
 On `shapes` (2 epochs, 400 validation images, one seed: 5 points are nothing) linear and k-NN top-1
 are 30 and 29 for the untrained network, 29 and 48 for pixels, 88 and 85 with labels; split-brain 65
-and 49, rotation 60 and 44, colorization 54 and 29, CPC 46 and 42, denoising 44 and 35, inpainting 42
-and 42, view 40 and 28, patch 38 and 47, jigsaw 35 and 45. So the taxonomy does not order them here.
+and 49, rotation 60 and 44, colorization 54 and 29, CPC 46 and 42, denoising 44 and 35, inpainting
+42 and 42, view 40 and 28, patch 38 and 47, jigsaw 35 and 45: the taxonomy does not order them here.
 --guards: rotation falls from 60 to 34 when the light tells the answer (solved in 99.8 % of cases)
 or the interpolation does (59 %), view from 40 to 26 when the target moves along (loss 0, collapse),
 inpainting from 42 to 32 with the hole always in the middle; patches without gaps are easier (33 %

@@ -415,6 +415,31 @@ def test_attention():
     assert (w[:, 0] - w[:, 1]).abs().max() > 0.01  # heads differ
 
 
+def test_start_with_sines():
+    """Row y and column x of a patch, in waves of 2 sides / side^(j / (J - 1)) patches; the rest of
+    the ViT as it was but for the linear layers of the blocks."""
+    args = completed("--image-size", "40")
+    args.start = "paper"
+    paper = dino.build(args).backbone
+    args.start = "sines"
+    vit, side, J = dino.build(args).backbone, 5, 32
+    for patch in (0, 1, 7, 24):
+        y, x = divmod(patch, side)
+        expected = [f(at * math.pi / side * side ** (j / (J - 1))) for at in (y, x)
+                    for f in (math.sin, math.cos) for j in range(J)]
+        assert close(vit.pos_embed[0, 1 + patch], expected, 1e-5)
+    for (name, a), b in zip(paper.named_parameters(), vit.parameters()):
+        linear = a.ndim == 2 and "blocks" in name
+        same_class = name == "pos_embed" and torch.equal(a[:, 0], b[:, 0])
+        assert same_class or torch.equal(a, b) != linear, name
+        if linear:
+            bound = math.sqrt(6 / sum(b.shape))
+            assert 0.98 * bound < b.abs().max() <= bound and a.std() < 0.021
+    for net in (paper, vit):  # what it is for: two patches of one colour, in two places
+        tokens = net.tokens(torch.ones(1, 128, 5, 5))[0, 1:]
+        assert ((tokens - tokens.mean(0)).std() > 0.5) == (net is vit)
+
+
 def test_drop_path():
     """Linear over the depth, whole images, 0 in evaluation, and on average nothing changes."""
     net = dino.ViT(24, 5, 3, 8, 16, drop_path=0.4)

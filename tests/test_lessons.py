@@ -45,6 +45,64 @@ def test_moco_ablations(tmp_path, name, own):
     assert (tmp_path / f"moco_steps-{name}.png").stat().st_size > 5000
 
 
+def test_dinov2_table(tmp_path, monkeypatch):
+    """Two rows, in two parts: what is finished is not run again, nor taken for another run."""
+    import dinov2
+    module, made, real = lesson("dinov2_table"), [], dinov2.train
+    some = ["iBOT reproduced", "+ smaller patches"]
+    monkeypatch.setattr(module, "ROWS", {row: module.ROWS[row] for row in some})
+    monkeypatch.setattr(dinov2, "train", lambda args, stop: made.append(args) or real(args, stop))
+    argv = ["--limit", "80", "--image-size", "24", "--local-size", "12", "--epochs", "1",
+            "--hidden", "16", "--local-crops", "1", "--runs", str(tmp_path / "runs"),
+            "--out", str(tmp_path)]
+    module.main([*argv, "--seeds", "1"])
+    table = module.main([*argv, "--seeds", "2"])
+    assert [args.seed for args in made] == [0, 0, 1, 1] and made[0].image_size == 24
+    assert [args.patch_size for args in made[:2]] == [12, 8] and made[1].koleo == 0
+    assert list(table) == some and all(len(row["knn_top1"]) == 2 for row in table.values())
+    assert len((tmp_path / "dinov2_table.csv").read_text().splitlines()) == 1 + 4
+    assert (tmp_path / "dinov2_table.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        module.main([*argv, "--seeds", "1", "--knn-k", "5"])
+
+
+def test_dinov2_table_rows():
+    """Every row changes the options that it names and no others; on dinov2.py's command line, too.
+    From row to row the figures change as the slide's arrows say."""
+    import dinov2
+    module = lesson("dinov2_table")
+    named = ["", "layer_scale drop_path", "out_dim", "koleo", "ffn", "patch_size", "m",
+             "warmup tau_t_warmup", "batch_size", "centering", "tied_heads"]
+    for values in module.VALUES:
+        rows = [vars(dinov2.options(module.flags(row))) for row in module.options(values).values()]
+        for row, above, names in zip(rows[1:], rows[:-1], named[1:], strict=True):
+            assert {k for k in row if row[k] != above[k]} == set(names.split())
+        last = vars(dinov2.options([]))
+        assert all(rows[-1][k] == last[k] for k in ("koleo", "centering", "tied_heads"))
+    k_nn, linear = zip(*(figures for _, *figures in module.ROWS.values()))
+    of_slide = [0.9, 1.2, 2.3, -0.2, 0.2, 0.5, 1.1, 1.2, 0, 0.3]
+    assert [b - a for a, b in zip(k_nn, k_nn[1:])] == pytest.approx(of_slide)
+    of_slide = [-1.2, -0.1, 0.6, 0.6, 0.4, 0.1, 0.2, 0.9, 0, -0.2]
+    assert [b - a for a, b in zip(linear, linear[1:])] == pytest.approx(of_slide)
+
+
+def test_dinov2_table_differences(capsys):
+    """By hand: variances 1 and 4 of 3 seeds, the error is the root of 5 / 3, twice it 2.58."""
+    module = lesson("dinov2_table")
+    for shift, word in ((2.5, "within noise"), (2.6, ""), (-2.5, "within noise"), (-2.6, "")):
+        change, error, said = module.difference([9 + shift, 10 + shift, 11 + shift], [8, 10, 12])
+        assert (change, error, said) == (pytest.approx(shift), pytest.approx((5 / 3) ** 0.5), word)
+    assert module.difference([3], [1])[::2] == (2, "one seed")
+    assert module.difference([3, 3], [3, 3]) == (0, 0, "within noise")
+    rows = list(module.ROWS)[:3]
+    module.show({row: {"knn_top1": [m - 1, m, m + 1], "linear_top1": [m - 1, m, m + 1],
+                       "seconds": [7]} for row, m in zip(rows, (20, 30, 31))})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert lines[0][5:10] == ["30.0±", "1.0", "+10.0", "±", "0.8"] and "noise" not in lines[0]
+    assert lines[0][10] == "+0.9" and lines[0][-2:] == ["-1.2", "7"]
+    assert lines[1][3:10] == ["31.0±", "1.0", "+1.0", "±", "0.8", "within", "noise"]
+
+
 def test_finetune(tmp_path):
     import simclr
 
@@ -108,3 +166,191 @@ def test_attention_masks():
         pairs = [(p, q) for p, q in zip(a[i].flatten().tolist(), b[i].flatten().tolist())]
         both, either = sum(p and q for p, q in pairs), sum(p or q for p, q in pairs)
         assert module.jaccard(a, b)[i].item() == pytest.approx(both / either)
+
+
+def refuses(module, capsys, *argv):
+    with pytest.raises(SystemExit) as caught:
+        module.main([str(a) for a in argv])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def untrained(method, folder, *argv):
+    """The files of a run of no steps, not at the weights that its seed gives."""
+    args = method.options([*TINY, "--device", "cpu", "--hidden", "16", *argv])
+    method.complete(args, None, 80)
+    net = method.build(SimpleNamespace(**vars(args) | {"seed": 5}))
+    folder.mkdir(exist_ok=True)
+    common.save(folder / "last.pt", method.__name__, args, {"net": net, "net_ema": net}, {})
+    common.write(folder / "backbone.pt", {"state_dict": net.backbone.state_dict(),
+                                          "meta": vars(args)})
+    return folder
+
+
+def test_ibot_patches(tmp_path, capsys):
+    import ibot
+    module, run, out = lesson("ibot_patches"), tmp_path / "run", ["--out", str(tmp_path)]
+    untrained(ibot, run)
+    rows = module.main([str(run / "last.pt"), "--images", "22", "--size", "40", *out])
+    assert [row[0] for row in rows[::2]] == [module.OURS, "random weights", "random pairs"]
+    assert all(0 < row[2] <= 12 for row in rows[:4]) and all(0 <= row[4] <= 100 for row in rows)
+    assert 0 < rows[4][3] < 60 and rows[5][3] is None
+    assert len((tmp_path / "ibot_patches.csv").read_text().splitlines()) == 1 + 6
+    assert (tmp_path / "ibot_patches.png").stat().st_size > 5000
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for file in files:
+        common.picture(file, [torch.rand(1, 3, 40, 40)])
+    rows = module.main([str(run / "backbone.pt"), "--image", *map(str, files), "--size", "24",
+                        *out])
+    assert [row[1] for row in rows[:2]] == [module.VIEWS, "images"] and rows[0][4] is None
+    refuses(module, capsys, run / "last.pt", "--size", "8", *out)
+    assert "none.pt" in refuses(module, capsys, run / "none.pt")
+    refuses(module, capsys, run / "last.pt", "--image", run / "last.pt", *out)
+
+
+def test_mutually_nearest_patches():
+    """As a loop over all pairs finds them; and a shuffle that was planted."""
+    module, g = lesson("ibot_patches"), torch.Generator().manual_seed(0)
+    a, b = torch.randn(20, 6, generator=g), torch.randn(15, 6, generator=g)
+    cosine = [[float(x @ y / x.norm() / y.norm()) for y in b] for x in a]
+    pairs = [(i, j) for i in range(20) for j in range(15) if cosine[i][j] == max(cosine[i])
+             and cosine[i][j] == max(row[j] for row in cosine)]
+    pairs = sorted(pairs, key=lambda p: -cosine[p[0]][p[1]])
+    found = [tuple(p) for p in torch.stack(module.mutual(a, b)).T.tolist()]
+    assert len(pairs) > 3 and found == pairs[:12]
+    assert module.mutual(a, b, most=2)[0].tolist() == [i for i, _ in pairs[:2]]
+    order = torch.randperm(20, generator=g)
+    i, j = module.mutual(a, 3 * a[order], most=20)
+    assert len(i) == 20 and torch.equal(order[j], i)
+
+
+def test_places_of_views():
+    """An image whose colours are its coordinates: the views' patches say where they were cut."""
+    module, size, side = lesson("ibot_patches"), 48, 6
+    ramp = torch.arange(size) + 0.5
+    image = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"))
+    common.reseed(0)
+    boxes, mirrored = module.draw_views(8, size)
+    assert mirrored.sum(0).eq(1).all() and mirrored[0].any() and mirrored[1].any()
+    seen = []
+    for view in zip(boxes, mirrored):
+        patches = torch.nn.functional.avg_pool2d(
+            module.cut(image.expand(8, 2, -1, -1), *view), size // side).flatten(2).mT
+        assert (patches - module.places(*view, side)).abs().max() < 0.3
+        seen.append(patches)
+    width = boxes[:, :, 2:].mean(0) / side
+    apart = (seen[0].unsqueeze(2) - seen[1].unsqueeze(1)).abs() / width[:, None, None]
+    near, clear = module.near(boxes, mirrored, side), (apart.amax(-1) - 1).abs() > 0.1
+    assert torch.equal(near[clear], (apart.amax(-1) < 1)[clear])
+    assert 0.02 < near.float().mean() < 0.3
+    one = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 1]])
+    good = torch.tensor([[[True, False], [False, False]]])
+    assert module.share(good, [tuple(t[0] for t in one)]) == 50 and module.share(good) == 25
+
+
+@pytest.fixture(scope="module")
+def dinov2_run(tmp_path_factory):
+    import dinov2
+    return untrained(dinov2, tmp_path_factory.mktemp("dinov2"), "--registers", "2", "--ffn",
+                     "swiglu")
+
+
+def test_dinov2_features(tmp_path, dinov2_run, capsys):
+    module, out = lesson("dinov2_features"), ["--out", str(tmp_path)]
+    table = module.main([str(dinov2_run / "last.pt"), "--images", "33", "--size", "40", *out])
+    assert len(table) == 3 and all(0 <= v <= 100 for row in table.values() for v in row)
+    assert len((tmp_path / "dinov2_features.csv").read_text().splitlines()) == 1 + 3
+    assert (tmp_path / "dinov2_features.png").stat().st_size > 5000
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for file in files:
+        common.picture(file, [torch.rand(1, 3, 40, 40)])
+    for some in (files, files[:1]):
+        assert module.main([str(dinov2_run / "backbone.pt"), "--image", *some, "--size", "24",
+                            *out]) == []
+    args = [dinov2_run / "last.pt", *out, "--images", "20"]
+    assert "--label 10" in refuses(module, capsys, *args, "--label", "10")
+    assert "--size 7" in refuses(module, capsys, *args, "--size", "7")
+    other = tmp_path / "other.pt"
+    common.write(other, {"state_dict": {}, "meta": {"arch": "vit_nano", "patch_size": 8}})
+    assert "not a ViT of dinov2.py" in refuses(module, capsys, other, *out)
+
+
+def test_dinov2_features_planted():
+    """Two parts of an object on a background: cut out, whatever the sign, each part in a colour of
+    its own in every image; matched to the same part; and neighbours that are known."""
+    module, g = lesson("dinov2_features"), torch.Generator().manual_seed(0)
+    far, part, *_ = torch.linalg.qr(torch.randn(12, 12, generator=g))[0]
+    kind = torch.zeros(3, 8, 8, dtype=torch.long)
+    for i, image in enumerate(kind):
+        image[2:5, 1 + i : 6 + i], image[5:7, 1 + i : 6 + i] = 1, 2
+    plain = torch.stack([-4 * far, 4 * far + part, 4 * far - part])[kind]
+    patches = plain + 0.05 * torch.randn(plain.shape, generator=g)
+    for features in (patches, -patches):
+        kept = module.foreground(features)
+        assert torch.equal(kept, kind > 0)
+        painted = module.colours(features, kept)
+        assert (painted[~kept] == 0).all() and (painted[kept] > 0).all()
+        first = [painted[kind == k][:, 0] for k in (1, 2)]
+        assert (first[0].min() > first[1].max()) or (first[1].min() > first[0].max())
+    to = module.matches(patches[0].flatten(0, 1), patches[1].flatten(0, 1))
+    assert torch.equal(kind[0].flatten()[to], kind[1].flatten())
+    angle = torch.tensor([0.0, 1.0, 3.0, 3.1])  # of class tokens on a circle, of any length
+    h = torch.stack([angle.cos(), angle.sin()], 1) * torch.tensor([[1.0], [9.0], [1.0], [5.0]])
+    assert module.nearest(h, 1).flatten().tolist() == [1, 0, 3, 2]
+    truth = (kind > 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    labels = torch.zeros(3, dtype=torch.long)
+    assert module.in_numbers(patches[:, 0, 0], patches, labels, truth) == [100, 100, 100]
+
+
+def test_dinov2_dense(tmp_path, dinov2_run, capsys):
+    module, out = lesson("dinov2_dense"), ["--out", str(tmp_path)]
+    table = module.main([str(dinov2_run / "last.pt"), "--fit", "20", "--images", "15", "--shown",
+                         "2", "--size", "40", *out])
+    assert list(table)[:3] == [module.OURS, "random weights", "raw pixels"] and len(table) == 6
+    assert table["constant"]["iou_object"] == 0 < table["raw pixels"]["iou_object"]
+    assert table["truth of each patch"]["rmse"] < table["constant"]["rmse"]
+    assert len((tmp_path / "dinov2_dense.csv").read_text().splitlines()) == 1 + 6
+    assert (tmp_path / "dinov2_dense.png").stat().st_size > 5000
+    assert "--size 7" in refuses(module, capsys, dinov2_run / "last.pt", "--size", "7", *out)
+    assert "number" in refuses(module, capsys, dinov2_run / "last.pt", "--fit", "2", *out)
+
+
+def test_dinov2_dense_scores():
+    """Perfect, constant and by hand."""
+    module, g = lesson("dinov2_dense"), torch.Generator().manual_seed(0)
+    truth, far = torch.rand(3, 4, 4, generator=g) > 0.6, torch.rand(3, 4, 4, generator=g)
+    assert module.scores(truth, far, truth, far) == {
+        "miou": 100, "iou_object": 100, "accuracy": 100, "rmse": 0}
+    empty, share = torch.zeros_like(truth), (~truth).float().mean().item()
+    assert module.scores(empty, far, truth, far)["miou"] == pytest.approx(50 * share)
+    found, depth = torch.rand(3, 4, 4, generator=g) > 0.5, torch.rand(3, 4, 4, generator=g)
+    cells = list(zip(found.flatten().tolist(), truth.flatten().tolist()))
+    each = [100 * sum(a == b == k for a, b in cells) / sum(k in (a, b) for a, b in cells)
+            for k in (True, False)]
+    errors = [(a - b) ** 2 for a, b in zip(depth.flatten().tolist(), far.flatten().tolist())]
+    said = module.scores(found, depth, truth, far)
+    assert said["miou"] == pytest.approx(sum(each) / 2)
+    assert said["iou_object"] == pytest.approx(each[0])
+    assert said["rmse"] == pytest.approx((sum(errors) / 48) ** 0.5)
+
+
+def test_dinov2_dense_layers():
+    """Both layers at their optimum, and on planted features what was planted."""
+    module, g = lesson("dinov2_dense"), torch.Generator().manual_seed(0)
+    x = module.standardised(torch.randn(60, 4, generator=g), 0.0, 1.0)
+    y, bias = torch.rand(60, generator=g), torch.tensor([0.0, 0, 0, 0, 1])
+    for fit, out in ((module.ridge, lambda s: s), (module.logistic, torch.sigmoid)):
+        w = fit(x, y, 0.3)
+        slope = x.T @ (out(x @ w) - y) / 60 + 0.3 * w * (1 - bias)
+        assert slope.abs().max() < 1e-4 and fit(x, y, 1e6)[:-1].abs().max() < 1e-4
+    goals = torch.rand(2, 12, 4, 4, generator=g).round()
+    mix = torch.randn(2, 6, generator=g)
+    features = goals.permute(1, 2, 3, 0) @ mix + 0.01 * torch.randn(12, 4, 4, 6, generator=g)
+    mask, depth = module.linear(features[:8], goals[:, :8], features[8:], 4)
+    assert torch.equal(mask > 0, goals[0, 8:] > 0.5)
+    assert (depth - goals[1, 8:]).abs().max() < 0.05
+    image = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).float()
+    assert module.pixels(image, 2).shape == (2, 2, 2, 12)
+    assert torch.equal(module.pixels(image, 2)[1, 0, 1], image[1, :, :2, 2:].flatten())
+    assert module.per_patch(image[:, 0], 2)[0, 1, 0] == image[0, 0, 2:, :2].mean()
