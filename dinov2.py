@@ -49,9 +49,11 @@ Departures from both:
  2. Crops are resized bilinearly with antialiasing (bicubic).
  3. In the last --hires-epochs position embeddings are resampled in every step and keep the grid of
     --image-size (released code: once, then they have that of 518 pixels).
- 4. RECIPES: small images without blur. The built-in set on a CPU has a smaller network.
+ 4. RECIPES: small images without blur; narrow ViTs start with sines (`start_with_sines`). The
+    built-in set on a CPU has a smaller network, and a colder teacher.
 
-    python dinov2.py      TO BE MEASURED
+    python dinov2.py      120 s on 2 CPU cores; top-1 of h: 29.3 +- 0.5 % linear, 33.1 +- 2.6 %
+                          k-NN, 3 seeds (untrained 16.4, 13.6, pixels 29.6, 48.5); README: more
 """
 
 import argparse
@@ -93,23 +95,23 @@ RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 1024,
     "shapes": dict(arch="vit_nano", start="sines", patch_size=8, image_size=32, local_size=16,
                    local_crops=4, global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0],
                    solarize=0.0, drop_path=0.0, layer_scale=1.0, ffn=released, registers=0,
-                   out_dim=512, hidden=512, tau_t=0.07, epochs=10, batch_size=64, lr=4e-3,
-                   weight_decay=0.04, weight_decay_end=0.04, m=momentum(0.99), hires_epochs=0,
-                   hires_size=48),
+                   out_dim=128, hidden=512, tau_t=0.01, epochs=10, batch_size=64, koleo=0.02,
+                   lr=4e-3, weight_decay=0.04, weight_decay_end=0.04, m=momentum(0.99),
+                   hires_epochs=0, hires_size=48),
     # images up to 64 pixels: no blur
     "small": dict(arch="vit_tiny", start="sines", patch_size=4, image_size=32, local_size=16,
                   local_crops=6, global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0],
                   solarize=0.2, drop_path=0.1, layer_scale=1e-5, ffn=released, registers=0,
-                  out_dim=4096, hidden=2048, tau_t=0.07, epochs=200, batch_size=512, lr=1e-3,
-                  weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.994), hires_epochs=0,
-                  hires_size=48),
+                  out_dim=4096, hidden=2048, tau_t=0.07, epochs=200, batch_size=512, koleo=0.1,
+                  lr=1e-3, weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.994),
+                  hires_epochs=0, hires_size=48),
     # larger ones: the released recipe of 100 epochs (ViT-L/16), with a ViT-S/14
     "large": dict(arch="vit_small", start="paper", patch_size=14, image_size=224, local_size=98,
                   local_crops=8, global_scale=0.32, local_scale=0.05, blur=[0.0, 0.9, 0.5],
                   solarize=0.2, drop_path=0.3, layer_scale=1e-5, ffn=released, registers=0,
-                  out_dim=65536, hidden=2048, tau_t=0.07, epochs=100, batch_size=256, lr=4e-3,
-                  weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.992), hires_epochs=0,
-                  hires_size=518),
+                  out_dim=65536, hidden=2048, tau_t=0.07, epochs=100, batch_size=256, koleo=0.1,
+                  lr=4e-3, weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.992),
+                  hires_epochs=0, hires_size=518),
 }
 VITS = {  # width, depth, heads, feed-forward network of the released ones
     "vit_nano": (128, 3, 4, "mlp"), "vit_tiny": (192, 12, 3, "mlp"),
@@ -153,7 +155,7 @@ def options(argv=None):
     o("--tied-heads", action=argparse.BooleanOptionalAction, default=False,
       help="one head for class and patch tokens (paper: no)")
     o("--centering", choices=["sinkhorn", "ema"], default="sinkhorn", help="(sinkhorn)")
-    o("--koleo", type=common.number(float, 0), default=0.1, help="weight of KoLeo (0.1)")
+    o("--koleo", type=common.number(float, 0), help="weight of KoLeo (paper: 0.1)")
     o("--tau-s", type=positive, default=0.1, help="temperature of the student (0.1)")
     o("--tau-t", type=positive, help="of the teacher (paper: 0.07)")
     o("--tau-t-warmup", type=share, default=0.3, help="share of the run in which "

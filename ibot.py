@@ -29,9 +29,11 @@ Departures from the paper:
  2. Crops are resized bilinearly with antialiasing (bicubic).
  3. Class and patch tokens share the head, as in all released runs; the parser of the released code
     has a default in which only the teacher shares it.
- 4. RECIPES: small images without blur. The built-in set on a CPU has a smaller network.
+ 4. RECIPES: small images without blur; narrow ViTs start with sines (`start_with_sines`). The
+    built-in set on a CPU has a smaller network, and batch norm in the head, as dino.py.
 
-    python ibot.py      TO BE MEASURED
+    python ibot.py      140 s on 2 CPU cores; top-1 of h: 27.6 +- 0.7 % linear, 29.7 +- 0.8 % k-NN,
+                        3 seeds (untrained 16.0 and 13.7, pixels 29.6 and 48.5); README: more
 """
 
 import argparse
@@ -494,7 +496,7 @@ def dino_loss(student, teacher, center, tau_s, tau_t):
 
 
 def patch_loss(s, t, mask, center, tau_s, tau_t):
-    """L_MIM of one view (paper, equation 2): the mean over the image's hidden patches of
+    """L_MIM of one view (paper, equation 3): the mean over the image's hidden patches of
 
         -sum_k softmax((t - C') / tau_t')_k log softmax(s / tau_s)_k,
 
@@ -509,7 +511,7 @@ def patch_loss(s, t, mask, center, tau_s, tau_t):
 
 def ibot_loss(s_cls, t_cls, s_patch, t_patch, masks, center, center_patch, tau_s, tau_t,
               tau_t_patch):
-    """The two terms of the paper's equation 3, L_[CLS] and L_MIM: scalars.
+    """The two terms of the paper's loss, L_[CLS] (equation 2) and L_MIM (equation 3): scalars.
 
     Lists with an entry a view: s_cls of all, t_cls, s_patch, t_patch, masks of the global ones; for
     shapes see dino_loss and patch_loss. Test: test_ibot_loss_equation.
