@@ -8,7 +8,9 @@ The token is never told where anything is. It has to say the same of every crop 
 what the crops share is, as a rule, the object; a supervised token needs only as much of the object
 as tells its class.
 
-Not run at its full length yet: what it shows on `shapes` is to be written here.
+On `shapes` (400 new images, 4 x 4 patches, one seed) the best head has a Jaccard similarity of 24.1
+with random weights, 33.9 supervised (64.5 % top-1) and 36.8 with dino.py: the paper's order, though
+dino.py has hardly learned the classes. One of its four heads has most of it (28.4).
 
     python dino.py
     python lessons/attention.py runs/dino-shapes-s0/last.pt

@@ -9,7 +9,10 @@ No label and no depth was ever shown to the network. What a single linear layer 
 there before, laid out plainly; the same layer on the untrained network and on the raw pixels of the
 patch says how much of it training brought.
 
-Not run at its full length yet: what it shows on `shapes` is to be written here.
+On `shapes` (12 x 12 patches, one seed) training brings nothing that the architecture has not: mIoU
+92.5 % for dinov2.py's default run, 92.2 untrained, 91.6 raw pixels, 94.8 the truth with one value a
+patch; depth RMSE 0.101, 0.099, 0.188, 0.084. An object is seen by its colour there, and depth from
+colour and place, which untrained tokens hold.
 
     python dinov2.py
     python lessons/dinov2_dense.py runs/dinov2-shapes-s0/last.pt

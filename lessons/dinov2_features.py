@@ -7,7 +7,10 @@ Figure 1 (the first principal components of the patch tokens, over images of a c
 Nobody told the patches apart. If what varies most separates object from background, and what varies
 next gives the same part of two objects the same colour, the network has found parts by itself.
 
-Not run at its full length yet: what it shows on `shapes` is to be written here.
+On `shapes` dinov2.py's default run has learned colours: the first component tells blue objects from
+red ones, not object from background (Jaccard 9 %, untrained 20, whole image 18), patches of an
+object are matched to an object in 34 % of cases (56, 18). Class tokens have learned more: 17 % of
+the five nearest are of the class, untrained 13, chance 10. One seed, 400 images.
 
     python dinov2.py
     python lessons/dinov2_features.py runs/dinov2-shapes-s0/last.pt

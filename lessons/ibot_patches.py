@@ -9,7 +9,10 @@ A single hidden patch can be guessed from its neighbours; of a hidden block one 
 is part of. So a token is drawn to say which part of what it shows, and the same part elsewhere is
 to say the same.
 
-Not run at its full length yet: what it shows on `shapes` is to be written here.
+On `shapes` ibot.py's default run finds no parts yet. Two views, 12 x 12 patches: 8.0 % of the
+matches are the same place (untrained 5.2, random pairs 2.2), 20 % are on the object in both (24,
+7); two images of a class: 9 % (11, 3). At the size of the training, 4 x 4 patches: same place 29 %
+(25, 19). One seed, 200 images.
 
     python ibot.py
     python lessons/ibot_patches.py runs/ibot-shapes-s0/last.pt
