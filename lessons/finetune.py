@@ -2,7 +2,8 @@
 
 Slides: "self-supervised learning lets us pre-train models to extract general, reusable
 representations, reducing the need for labeled data later". Paper: SimCLR, Table 7 and B.5 (semi-
-supervised); BYOL, Table 2. Any backbone.pt of this project with a ResNet in it will do.
+supervised); BYOL, Table 2. Any backbone.pt of this project will do, but for the halves and tiles of
+pretext.py's splitbrain and cpc. Of a ViT the class token is used.
 
 Three columns, from the same labels and tested on the same images:
   fine-tuned   the whole network, started from the backbone
@@ -30,6 +31,7 @@ import argparse
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -37,6 +39,8 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
+import dino
+import dinov2
 import simclr
 
 SHARES = (1.0, 0.1, 0.01)
@@ -53,12 +57,17 @@ class Fed(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, x):
-        return self.net((x - self.mean) / self.std)
+        h = self.net((x - self.mean) / self.std)
+        return h[:, 0] if h.ndim == 3 else h  # of a ViT the class token
 
 
 def build(meta):
     """The untrained network of a backbone.pt. Older files of simclr.py do not name the input."""
-    net = simclr.resnet(meta["arch"], meta["stem"])
+    if meta["arch"] in simclr.ARCHS:
+        net = simclr.resnet(meta["arch"], meta.get("stem", "7x7"))
+    else:  # registers are what only dinov2.py has; ibot.py has dino.py's ViT
+        file = dinov2 if "registers" in meta else dino
+        net = file.build(SimpleNamespace(**meta | {"seed": torch.initial_seed()})).backbone
     return Fed(net, meta.get("mean", simclr.MEAN), meta.get("std", simclr.STD))
 
 
@@ -66,10 +75,11 @@ def rebuild(path):
     """backbone.pt -> the network with its weights, strictly, and meta, how it was trained."""
     found = common.read_checkpoint(path)
     meta = found.get("meta", {})
-    if meta.get("arch") not in simclr.ARCHS or "state_dict" not in found:
-        common.fail(f"{path} has to be a backbone.pt with one of {', '.join(simclr.ARCHS)}")
+    known = simclr.ARCHS.keys() | dinov2.VITS.keys()
+    if meta.get("arch") not in known or "state_dict" not in found:
+        common.fail(f"{path} has to be a backbone.pt with one of {', '.join(sorted(known))}")
     backbone = build(meta)
-    backbone.net.load_state_dict(found["state_dict"])
+    common.load_into(backbone.net, found["state_dict"], path)
     return backbone, meta
 
 
@@ -191,8 +201,7 @@ def main(argv=None):
     own, others = p.parse_known_args(argv)
     backbone, meta = rebuild(own.backbone)
     own.dataset = own.dataset or meta["dataset"]
-    made = {f"--{k.replace('_', '-')}": str(meta[k]) for k in ("arch", "stem", "image_size")}
-    args = simclr.options([*sum(made.items(), ()), *others])
+    args = simclr.options(["--image-size", str(meta["image_size"]), *others])
     vars(args).update(vars(own))  # what both have, such as --epochs, is the lesson's
     run = common.setup(args.device, args.amp)
     data = common.Data(args.dataset, args.data_dir, args.limit)
