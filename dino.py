@@ -36,7 +36,6 @@ Departures from the paper:
 import argparse
 import copy
 import functools
-import itertools
 import json
 import math
 import time
@@ -354,7 +353,7 @@ class WeightNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Projection head (Section 3.1): (N, d) -> z (N, 256) of length 1, s (N, K)."""
+    """Projection head (DINO, Section 3.1): (N, d) -> z (N, 256) of length 1, s (N, K)."""
 
     def __init__(self, inputs, outputs, hidden=2048, batch_norm=False, bottleneck=256):
         super().__init__()
@@ -383,7 +382,8 @@ class DINO(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def forward(self, *views):
-        groups = [torch.cat([*g]) for _, g in itertools.groupby(views, lambda x: x.shape[-1])]
+        sizes = dict.fromkeys(x.shape[-1] for x in views)
+        groups = [torch.cat([x for x in views if x.shape[-1] == size]) for size in sizes]
         h = [self.backbone((x - self.mean) / self.std) for x in groups]
         h = torch.cat([x[:, 0] if x.ndim == 3 else x for x in h])  # of a ViT the class token
         return h, *self.head(h)
@@ -419,7 +419,7 @@ def H(t, s, center, tau_s, tau_t):
 
 
 def dino_loss(student, teacher, center, tau_s, tau_t):
-    """Mean of H(t_i, s_j) over all pairs of different views (paper, equation 3; slide Algorithm 1).
+    """Mean of H(t_i, s_j) over all pairs of different views (DINO, equation 3; slide Algorithm 1).
 
     student, teacher: lists of (N, K), a view each; the teacher's views are the student's first ones
     -> scalar. Every softmax is taken once. Test: test_dino_loss_equation.
@@ -434,7 +434,7 @@ def dino_loss(student, teacher, center, tau_s, tau_t):
 
 
 def entropy(teacher, center, tau_t):
-    """Mean entropy of the teacher's n answers, (n, K) -> scalar (paper, Figure 7).
+    """Mean entropy of the teacher's n answers, (n, K) -> scalar (DINO's paper, Figure 7).
 
     Test: test_entropy.
     """
@@ -458,7 +458,7 @@ def ema_update(net_ema, net, m):
 
 
 def update_center(center, teacher, m):
-    """C <- m C + (1 - m) mean of t (paper, equation 4; slide Algorithm 1), of raw outputs.
+    """C <- m C + (1 - m) mean of t (DINO, equation 4; slide Algorithm 1), of raw outputs.
 
     center: (1, K), teacher: (n, K), or its mean over all processes (1, K) -> (1, K).
     Test: test_center.

@@ -2,10 +2,11 @@
 Oquab, Darcet, Moutakanni, Vo, ..., Joulin, Bojanowski, 2023, https://arxiv.org/abs/2304.07193
 Slides: "Contrastive Learning: DINOv2: Learning Robust Visual Features without Supervision".
 
-iBOT, made to scale: the table of the slides goes from one to the other in eleven steps, and every
-row of it is an option here. Teachers' answers are balanced over the K classes by Sinkhorn-Knopp
-instead of a centre, class tokens are pushed apart (KoLeo), class and patch tokens have heads of
-their own, the network has LayerScale, stochastic depth that saves its work, SwiGLU, patches of 14.
+iBOT, made to scale: after a reproduction the table of the slides goes from one to the other in ten
+steps, and each is an option here. The teacher's answers are balanced over the K classes by
+Sinkhorn-Knopp instead of a centre, class tokens are pushed apart (KoLeo), class and patch tokens
+have heads of their own, the network has LayerScale, stochastic depth that saves its work, SwiGLU,
+patches of 14.
 
     row of the table                  option
     LayerScale, stochastic depth      --layer-scale 1e-5 --drop-path 0.3
@@ -37,18 +38,20 @@ net is g_s, net_ema is g_t, which is kept.
 Where paper and released code differ:
  1. Blur: the paper's probabilities are DINO's (1, 0.1, 0.5 in u, v, local views); the released code
     takes 1 - p, and its networks were trained with 0, 0.9, 0.5. So are ours; --blur has the others.
- 2. KoLeo: the paper says of the class tokens; the released code takes it of each global view by
-    itself, adds the two, and never compares images of two GPUs. So do we.
+ 2. KoLeo: the paper takes it of class tokens; the released code of each global view by itself,
+    adds the two, and never compares images of two GPUs. So do we.
  3. Hidden patches: weighted by 1 / their number in the image, and divided by all 2 N global views,
     half of which have none (released code; the paper has the sum).
  4. Gradients are cut to length 3 for backbone and heads separately (released code).
 
 Departures from both:
- 1. Schedules go by steps and end at 0 (1e-6); warm-ups are shares of the run. No decay of the
-    learning rate over the layers (the released recipe of 500 epochs has none either).
+ 1. Schedules go by steps and end at 0 (1e-6); warm-ups are shares of the run. One learning rate for
+    all layers (released: 0.2 of it for patch_embed, and in the recipe of 100 epochs 0.9 a layer).
+    Both heads have a bottleneck of 256 (released ViT-L: 384 for class tokens).
  2. Crops are resized bilinearly with antialiasing (bicubic).
  3. In the last --hires-epochs position embeddings are resampled in every step and keep the grid of
-    --image-size (released code: once, then they have that of 518 pixels).
+    --image-size (released code: once, then they have that of 518 pixels). Sets in memory hold at
+    most four times --image-size; the built-in one is made at --image-size.
  4. RECIPES: small images without blur; narrow ViTs start with sines (`start_with_sines`). The
     built-in set on a CPU has a smaller network, and a colder teacher.
 
@@ -59,7 +62,6 @@ Departures from both:
 import argparse
 import copy
 import functools
-import itertools
 import json
 import math
 import re
@@ -105,7 +107,8 @@ RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 1024,
                   out_dim=4096, hidden=2048, tau_t=0.07, epochs=200, batch_size=512, koleo=0.1,
                   lr=1e-3, weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.994),
                   hires_epochs=0, hires_size=48),
-    # larger ones: the released recipe of 100 epochs (ViT-L/16), with a ViT-S/14
+    # larger ones: optimiser and views of the released recipe of 100 epochs (a ViT-L/16, one head, a
+    # centre), for a ViT-S/14 with Sinkhorn and two heads
     "large": dict(arch="vit_small", start="paper", patch_size=14, image_size=224, local_size=98,
                   local_crops=8, global_scale=0.32, local_scale=0.05, blur=[0.0, 0.9, 0.5],
                   solarize=0.2, drop_path=0.3, layer_scale=1e-5, ffn=released, registers=0,
@@ -147,7 +150,7 @@ def options(argv=None):
     o("--ffn", choices=["mlp", "swiglu"], help="feed-forward network (paper: swiglu)")
     o("--layer-scale", type=positive, help="gamma of residual branches at first (paper: 1e-5)")
     o("--drop-path", type=common.number(float, 0, 0.99), help="share of images that a branch of "
-      "the student leaves out (paper: 0.3 and 0.4)")
+      "the student leaves out (released: 0.4 and 0.3)")
     o("--registers", type=whole(0), help="register tokens (0; Darcet et al. 2023: 4)")
     o("--checkpoint-activations", action="store_true", help="less memory, a forward pass more")
     o("--out-dim", type=whole(2), help="K, prototypes (paper: 131072)")
@@ -160,7 +163,7 @@ def options(argv=None):
     o("--tau-t", type=positive, help="of the teacher (paper: 0.07)")
     o("--tau-t-warmup", type=share, default=0.3, help="share of the run in which "
       "tau_t grows from 0.04 (0.3)")
-    o("--m", type=share, help="momentum of the teacher at first (paper: 0.992 and 0.994)")
+    o("--m", type=share, help="momentum of the teacher at first (released: 0.994 and 0.992)")
     o("--center-m", type=share, default=0.9, help="momentum of the centres, without Sinkhorn (0.9)")
     o("--mask-ratio", type=share, nargs=2, default=[0.1, 0.5], metavar=("LOW", "HIGH"),
       help="share of the patches that is hidden (0.1 0.5)")
@@ -176,15 +179,15 @@ def options(argv=None):
     o("--blur", type=share, nargs=3, help="probability in u, v, locals (released: 0, 0.9, 0.5)")
     o("--solarize", type=share, help="probability in v (paper: 0.2)")
     o = p.add_argument_group("optimiser").add_argument
-    o("--epochs", type=whole(1), help="passes over the training images (paper: 500)")
+    o("--epochs", type=whole(1), help="passes over the images (paper: 625,000 steps)")
     o("--batch-size", type=whole(2), help="N, images in a step of all processes (paper: 3072)")
     o("--hires-epochs", type=whole(0), help="the last ones, with larger views (paper: 10000 steps)")
     o("--hires-size", type=whole(8), help="side of global views there (paper: 518)")
     o("--lr", type=positive, help="peak for a batch of 1024, others by the root of the ratio "
-      "(paper: 4e-3)")
+      "(released: 2e-4; 4e-3 for 100 epochs)")
     o("--weight-decay", type=share, help="at first (paper: 0.04)")
-    o("--weight-decay-end", type=share, help="at last, by half a cosine (paper: 0.4)")
-    o("--warmup", type=share, default=0.1, help="share of the run (0.1; paper: 10 epochs)")
+    o("--weight-decay-end", type=share, help="at last, by half a cosine (released: 0.2 and 0.4)")
+    o("--warmup", type=share, default=0.1, help="share of the run (0.1; released: 0.16 and 0.1)")
     o("--clip", type=positive, default=3.0, help="longest gradient of a module (3)")
     o("--freeze-last-layer", type=whole(0), default=1, help="epochs at first (1)")
     o = p.add_argument_group("evaluation").add_argument
@@ -239,7 +242,7 @@ def block_mask(height, width, ratio, generator, least=None):
     """Which of height x width patches are hidden, at most this share of them: (height, width) bool.
 
     Rectangles of `least` patches or more, of log-uniform aspect, until ten in a row do not fit into
-    what is still to be hidden (paper, "Implementation Details"; BEiT, Algorithm 1). least: a third
+    what is still to be hidden (iBOT, "Implementation Details"; BEiT, Algorithm 1). least: a third
     of the shorter side, squared. Test: test_block_mask.
     """
     mask = torch.zeros(height, width, dtype=torch.bool)
@@ -261,7 +264,7 @@ def block_mask(height, width, ratio, generator, least=None):
 
 
 def random_mask(height, width, ratio, generator):
-    """The same share of patches, one by one (paper, Table 14: "rand")."""
+    """The same share of patches, one by one (iBOT's paper, Table 14: "rand")."""
     order = torch.rand(height * width, generator=generator).argsort()
     return (order < int(ratio * height * width)).view(height, width)
 
@@ -276,7 +279,7 @@ def stratified_masks(step, side, args, run):
     own: however many processes share a batch, an image gets the same. Test: test_masks.
     """
     own, N = torch.Generator(), args.batch_size
-    own.manual_seed(args.seed * 2**20 + step)  # it takes 32 bits
+    own.manual_seed(args.seed * 2**20 + step)  # of which 32 bits count
     masked, (low, high) = int(2 * N * args.mask_crops), args.mask_ratio
     ratios = low + (high - low) * (torch.arange(masked) + torch.rand(masked, generator=own)) / max(
         masked, 1)
@@ -503,7 +506,7 @@ class WeightNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Projection head (Section 3.1): (N, d) -> z (N, 256) of length 1, s (N, K)."""
+    """Projection head (DINO, Section 3.1): (N, d) -> z (N, 256) of length 1, s (N, K)."""
 
     def __init__(self, inputs, outputs, hidden=2048, batch_norm=False, bottleneck=256):
         super().__init__()
@@ -536,7 +539,8 @@ class DINOv2(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def forward(self, *views, masks=None, hidden=None):
-        groups = [torch.cat([*g]) for _, g in itertools.groupby(views, lambda x: x.shape[-1])]
+        sizes = dict.fromkeys(x.shape[-1] for x in views)
+        groups = [torch.cat([x for x in views if x.shape[-1] == size]) for size in sizes]
         x = [self.backbone.patch_embed((x - self.mean) / self.std) for x in groups]
         if masks is not None:  # before the positions are added: where it is, stays known
             masked = F.pad(masks, (0, 0, 0, 0, 0, len(x[0]) - len(masks))).unsqueeze(1)
@@ -579,7 +583,7 @@ def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
     Q = logits.detach() / tau  # (n, K), the logarithm of it
     for _ in range(iterations):
         columns = Q.logsumexp(0, keepdim=True)  # (1, K)
-        Q = Q - (gather(columns).logsumexp(0, keepdim=True) if gather else columns)
+        Q -= gather(columns).logsumexp(0, keepdim=True) if gather else columns
         Q -= Q.logsumexp(1, keepdim=True)
     return Q.exp_()
 
@@ -654,7 +658,7 @@ def ema_update(net_ema, net, m):
 
 
 def update_center(center, teacher, m):
-    """C <- m C + (1 - m) mean of t (paper, equation 4; slide Algorithm 1), of raw outputs.
+    """C <- m C + (1 - m) mean of t (DINO, equation 4; slide Algorithm 1), of raw outputs.
 
     center: (1, K), teacher: (n, K), or its mean over all processes (1, K) -> (1, K).
     Test: test_center.
@@ -789,7 +793,8 @@ def train(args, stop):
                     f"and a multiple of that of processes, {run.world}")
 
     # -- model
-    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0))
+    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0)
+                + [args.hires_size] * (args.hires_epochs > 0))
     if least < args.patch_size:
         common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
     net, net_ema = build(args, args.drop_path), build(args)
@@ -814,13 +819,14 @@ def train(args, stop):
               {"params": [p for p in others if p.ndim > 1], "decays": 1.0, "rests": False},
               {"params": [p for p in others if p.ndim <= 1], "decays": 0.0, "rests": False}]
     optimizer = torch.optim.AdamW(groups, peak, fused=True)
-    gather = Gather.apply if run.world > 1 else None
+    gather, answers = Gather.apply if run.world > 1 else None, []
     weights = float(not args.no_class_loss), float(not args.no_token_loss), args.koleo
     even = math.log(args.out_dim)  # and 0 for the patches of an image without a mask
-    point = -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))  # KoLeo of equal tokens
-    chance = {"class": even, "patch": even * args.mask_crops, "koleo": point}
+    point = -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))  # KoLeo of equal tokens: a
+    # collapse, so it is not in the loss of chance
+    chance = {"class": even, "patch": even * args.mask_crops}
     chance = {"loss": sum(w * c for w, c in zip(weights, chance.values()))} | chance
-    chance |= {"entropy": even, "kl": 0.0}
+    chance |= {"koleo": point, "entropy": even, "kl": 0.0}
     half_life = math.log(2) / max(-math.log(args.m or 1e-9), 1e-9) / per_epoch
     print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * "
           f"sqrt({batch} / 1024); "
@@ -830,6 +836,12 @@ def train(args, stop):
                     "one first")
     if args.hires_epochs > args.epochs:
         common.fail(f"--hires-epochs {args.hires_epochs} is over --epochs {args.epochs}")
+    places = (args.image_size // args.patch_size) ** 2
+    if places * args.mask_ratio[1] < 1 and args.mask_crops and not args.no_token_loss:
+        common.fail(f"of {places} patches --mask-ratio {args.mask_ratio[1]:g} hides none: raise it "
+                    "or --image-size, or give --no-token-loss")
+    if not any(weights):
+        common.fail("--no-class-loss, --no-token-loss and --koleo 0 leave nothing to learn")
     if args.local_scale > args.global_scale:
         common.fail(f"--local-scale {args.local_scale:g} is over --global-scale "
                     f"{args.global_scale:g}, the largest of a local crop")
@@ -869,22 +881,22 @@ def train(args, stop):
                 h, _, s, s_patch = student(*x, masks=masks, hidden=hidden)
                 *_, t, t_patch = teacher(*x[:2], hidden=hidden)  # (2 N, K), (M, K)
             h, s, t, s_patch, t_patch = (x.float() for x in (h, s, t, s_patch, t_patch))
-            if args.centering == "sinkhorn":
-                q, q_patch = (sinkhorn_knopp(x, tau, gather=gather) for x in (t, t_patch))
+            if args.centering == "sinkhorn":  # from here on t and t_patch are targets
+                t, t_patch = (sinkhorn_knopp(x, tau, gather=gather) for x in (t, t_patch))
             else:
-                q, q_patch = (F.softmax((x - C) / tau, 1) for x, C in zip((t, t_patch), centers))
-            terms = [class_loss(s.chunk(len(x)), q.chunk(2), args.tau_s),
-                     masked_loss(s_patch, q_patch, share, args.tau_s),
+                answers = [F.pad(x.sum(0), (0, 1), value=len(x)) for x in (t, t_patch)]
+                t, t_patch = (F.softmax((x - C) / tau, 1) for x, C in zip((t, t_patch), centers))
+            terms = [class_loss(s.chunk(len(x)), t.chunk(2), args.tau_s),
+                     masked_loss(s_patch, t_patch, share, args.tau_s),
                      sum(koleo(view) for view in h.chunk(len(x))[:2])]
             loss = sum(w * term for w, term in zip(weights, terms))
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            unsure = mean_entropy(q)  # class term = entropy of t + KL(t, s)
+            unsure = mean_entropy(t)  # class term = entropy of t + KL(t, s)
             said = torch.stack([loss, *terms, unsure, terms[0] - unsure])
             losses, finite = clipped_by_module(said, net.children(), optimizer, scaler, args.clip)
             ema_update(net_ema, net, torch.where(finite, rates["m"], 1.0))
-            for C, x in zip(centers, (t, t_patch) if args.centering == "ema" else ()):
-                total = averaged(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
+            for C, total in zip(centers, map(averaged, answers)):
                 mean = (total[:-1] / total[-1].clamp(min=1)).view(1, -1)
                 C.copy_(torch.where(finite, update_center(C, mean, args.center_m), C))
             teaching.copy_(torch.where(finite, losses[4:], teaching))

@@ -39,7 +39,6 @@ Departures from the paper:
 import argparse
 import copy
 import functools
-import itertools
 import json
 import math
 import time
@@ -200,7 +199,7 @@ def block_mask(height, width, ratio, generator, least=None):
     """Which of height x width patches are hidden, at most this share of them: (height, width) bool.
 
     Rectangles of `least` patches or more, of log-uniform aspect, until ten in a row do not fit into
-    what is still to be hidden (paper, "Implementation Details"; BEiT, Algorithm 1). least: a third
+    what is still to be hidden (iBOT, "Implementation Details"; BEiT, Algorithm 1). least: a third
     of the shorter side, squared. Test: test_block_mask.
     """
     mask = torch.zeros(height, width, dtype=torch.bool)
@@ -222,7 +221,7 @@ def block_mask(height, width, ratio, generator, least=None):
 
 
 def random_mask(height, width, ratio, generator):
-    """The same share of patches, one by one (paper, Table 14: "rand")."""
+    """The same share of patches, one by one (iBOT's paper, Table 14: "rand")."""
     order = torch.rand(height * width, generator=generator).argsort()
     return (order < int(ratio * height * width)).view(height, width)
 
@@ -231,11 +230,11 @@ def draw_masks(step, args, run):
     """Masks for the global views of this process, of the first view of all images, then of the
     second: (2 n, S / P, S / P) bool on the CPU.
 
-    Of all global views --mask-crops are masked, at a ratio from --mask-ratio, each with a generator
-    of its own: however many processes share a batch, an image gets the same mask.
+    Each global view is masked with probability --mask-crops, at a ratio from --mask-ratio, with a
+    generator of its own: however many processes share a batch, an image gets the same mask.
     """
     own, N, side = torch.Generator(), args.batch_size, args.image_size // args.patch_size
-    own.manual_seed(args.seed * 2**20 + step)  # it takes 32 bits
+    own.manual_seed(args.seed * 2**20 + step)  # of which 32 bits count
     hidden = torch.rand(2, N, generator=own) < args.mask_crops
     low, high = args.mask_ratio
     ratios = torch.where(hidden, low + (high - low) * torch.rand(2, N, generator=own), 0.0)
@@ -409,7 +408,7 @@ class WeightNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Projection head (Section 3.1): (N, d) -> z (N, 256) of length 1, s (N, K)."""
+    """Projection head (DINO, Section 3.1): (N, d) -> z (N, 256) of length 1, s (N, K)."""
 
     def __init__(self, inputs, outputs, hidden=2048, batch_norm=False, bottleneck=256):
         super().__init__()
@@ -455,7 +454,8 @@ class IBOT(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     def forward(self, *views, masks=None, with_patches=False):
-        groups = [torch.cat([*g]) for _, g in itertools.groupby(views, lambda x: x.shape[-1])]
+        sizes = dict.fromkeys(x.shape[-1] for x in views)
+        groups = [torch.cat([x for x in views if x.shape[-1] == size]) for size in sizes]
         x = [self.backbone.patch_embed((x - self.mean) / self.std) for x in groups]
         if masks is not None:  # before the positions are added: where it is, stays known
             hidden = F.pad(masks, (0, 0, 0, 0, 0, len(x[0]) - len(masks))).unsqueeze(1)
@@ -481,7 +481,7 @@ def build(args, drop_path=0.0):
 
 
 def dino_loss(student, teacher, center, tau_s, tau_t):
-    """Mean of H(t_i, s_j) over all pairs of different views (paper, equation 3; slide Algorithm 1).
+    """Mean of H(t_i, s_j) over all pairs of different views (DINO, equation 3; slide Algorithm 1).
 
     student, teacher: lists of (N, K), a view each; the teacher's views are the student's first ones
     -> scalar. Every softmax is taken once. Test: test_dino_loss_equation.
@@ -523,7 +523,7 @@ def ibot_loss(s_cls, t_cls, s_patch, t_patch, masks, center, center_patch, tau_s
 
 
 def entropy(teacher, center, tau_t):
-    """Mean entropy of the teacher's n answers, (n, K) -> scalar (paper, Figure 7).
+    """Mean entropy of the teacher's n answers, (n, K) -> scalar (DINO's paper, Figure 7).
 
     Test: test_entropy.
     """
@@ -547,7 +547,7 @@ def ema_update(net_ema, net, m):
 
 
 def update_center(center, teacher, m):
-    """C <- m C + (1 - m) mean of t (paper, equation 4; slide Algorithm 1), of raw outputs.
+    """C <- m C + (1 - m) mean of t (DINO, equation 4; slide Algorithm 1), of raw outputs.
 
     center: (1, K), teacher: (n, K), or its mean over all processes (1, K) -> (1, K).
     Test: test_center.
@@ -731,6 +731,12 @@ def train(args, stop):
     if args.mask_ratio[0] > args.mask_ratio[1]:
         common.fail(f"--mask-ratio {args.mask_ratio[0]:g} {args.mask_ratio[1]:g}: give the lower "
                     "one first")
+    places = (args.image_size // args.patch_size) ** 2
+    if places * args.mask_ratio[1] < 1 and args.mask_crops and not args.no_token_loss:
+        common.fail(f"of {places} patches --mask-ratio {args.mask_ratio[1]:g} hides none: raise it "
+                    "or --image-size, or give --no-token-loss")
+    if not any(weights):
+        common.fail("--no-class-loss and --no-token-loss leave nothing to learn")
     if args.local_scale > args.global_scale:
         common.fail(f"--local-scale {args.local_scale:g} is over --global-scale "
                     f"{args.global_scale:g}, the largest of a local crop")

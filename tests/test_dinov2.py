@@ -624,7 +624,8 @@ def shipped(tmp_path, monkeypatch):
     def run(flags=""):
         argv = [*SHORT, *"--patch-size 4 --local-size 8 --local-crops 1 --lr 0.08 --warmup 0 --m "
                 "0.5 --weight-decay 0.04 --weight-decay-end 0.4 --tau-t 0.2 --tau-t-warmup 1 "
-                "--hidden 10 --out-dim 12 --clip 1e9 --freeze-last-layer 0".split(),
+                "--hidden 10 --out-dim 12 --clip 1e9 --koleo 0.1 "
+                "--freeze-last-layer 0".split(),
                 *flags.split(), "--out", tmp_path / f"run{flags}"]
         seen, masks, augment, stratify = [], [], dinov2.augment, dinov2.stratified_masks
 
@@ -850,7 +851,10 @@ def test_wrong_checkpoints(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, names", [
-    ("--koleo -1", "--koleo"), ("--centering none", "--centering"), ("--ffn relu", "--ffn"),
+    ("--koleo -1", "--koleo"), ("--hires-epochs 1 --hires-size 8 --patch-size 9", "views of 8"),
+    ("--no-class-loss --no-token-loss --koleo 0", "nothing to learn"),
+    ("--mask-ratio 0.01 0.05", "hides none"), ("--centering none", "--centering"),
+    ("--ffn relu", "--ffn"),
     ("--layer-scale 0", "--layer-scale"), ("--registers -1", "--registers"), ("--tau-t 0", "tau-t"),
     ("--drop-path 1", "--drop-path"), ("--mask-crops 2", "--mask-crops"), ("--m 1.1", "--m:"),
     ("--mask-ratio 0.5", "--mask-ratio"), ("--mask-ratio 0.5 0.1", "--mask-ratio"),
@@ -878,7 +882,7 @@ def test_a_collapsed_run_says_so(tmp_path, monkeypatch):
     lighten(monkeypatch, dinov2)
     monkeypatch.setattr(dinov2, "build", collapsed)
     results, said = quiet(dinov2, [*SHORT, "--out", tmp_path / "run", *"--patch-size 4 --lr 1e-9 "
-                                   "--local-size 8 --mask-ratio 0.3 0.5".split()])
+                                   "--local-size 8 --mask-ratio 0.3 0.5 --koleo 0".split()])
     assert results["verdict"].startswith("uniform teacher")
     terms = [part.split() for part in said.split("epoch 1: ")[1].split(", ")[:4]]
     assert [t[0] for t in terms] == ["loss", "class", "patch", "koleo"]

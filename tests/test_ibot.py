@@ -603,7 +603,9 @@ def test_wrong_checkpoints(official, tmp_path, capsys):
     ("--mask-ratio 0.1 1.5", "--mask-ratio"), ("--mask-crops 2", "--mask-crops"),
     ("--tau-t-patch 0", "--tau-t-patch"), ("--arch resnet18", "--arch"),
     ("--patch-size 32", "--patch-size"), ("--local-size 8 --patch-size 16", "--patch-size"),
-    ("--local-scale 0.9", "--local-scale"), ("--optimizer sgd", "--optimizer")])
+    ("--local-scale 0.9", "--local-scale"), ("--optimizer sgd", "--optimizer"),
+    ("--mask-ratio 0.01 0.05", "hides none"),
+    ("--no-class-loss --no-token-loss", "nothing to learn")])
 def test_wrong_options(argv, names, tmp_path, capsys):
     out = tmp_path / "run"
     assert names in refused(ibot, [*SHORT, *argv.split(), "--out", out], capsys)
