@@ -78,7 +78,7 @@ def test_dinov2_table_rows():
         for row, above, names in zip(rows[1:], rows[:-1], named[1:], strict=True):
             assert {k for k in row if row[k] != above[k]} == set(names.split())
         last = vars(dinov2.options([]))
-        assert all(rows[-1][k] == last[k] for k in ("koleo", "centering", "tied_heads"))
+        assert all(rows[-1][k] == last[k] for k in ("centering", "tied_heads"))
     k_nn, linear = zip(*(figures for _, *figures in module.ROWS.values()))
     of_slide = [0.9, 1.2, 2.3, -0.2, 0.2, 0.5, 1.1, 1.2, 0, 0.3]
     assert [b - a for a, b in zip(k_nn, k_nn[1:])] == pytest.approx(of_slide)
