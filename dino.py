@@ -27,7 +27,7 @@ Departures from the paper:
  2. Crops are resized bilinearly with antialiasing (bicubic).
  3. RECIPES: small images without blur; narrow ViTs start with sines (`start_with_sines`). The
     built-in set on a CPU has a smaller network, and batch norm in the head (an option of the
-    released code): without it z stayed at a point there.
+    released code): without it the teacher became uniform (lessons/dino_collapse.py).
 
     python dino.py      105 s on 2 CPU cores; top-1 of h: 26.4 +- 1.4 % linear, 27.4 +- 0.7 % k-NN,
                         3 seeds (untrained 16.0 and 13.7, pixels 29.6 and 48.5); README: more
@@ -310,9 +310,8 @@ def start_with_sines(vit):
     """Positions as sines and cosines of row and column (as in MoCo v3), in waves from two grids to
     two patches long, and linear layers of the blocks by Xavier's rule.
 
-    The paper's start, deviations of 0.02 everywhere, is made for widths of 384 and more: in a
-    narrow ViT patches outweigh where they are, and for long the class token is not much but the
-    mean colour. Test: test_start_with_sines.
+    The paper's start, deviations of 0.02 everywhere, is for widths of 384 and more: in a narrow ViT
+    patches outweigh where they are. Test: test_start_with_sines.
     """
     side = math.isqrt(vit.pos_embed.shape[1] - 1)
     waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch

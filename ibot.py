@@ -365,9 +365,8 @@ def start_with_sines(vit):
     """Positions as sines and cosines of row and column (as in MoCo v3), in waves from two grids to
     two patches long, and linear layers of the blocks by Xavier's rule.
 
-    The paper's start, deviations of 0.02 everywhere, is made for widths of 384 and more: in a
-    narrow ViT patches outweigh where they are, and for long the class token is not much but the
-    mean colour. Test: test_start_with_sines.
+    The paper's start, deviations of 0.02 everywhere, is for widths of 384 and more: in a narrow ViT
+    patches outweigh where they are. Test: test_start_with_sines.
     """
     side = math.isqrt(vit.pos_embed.shape[1] - 1)
     waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
