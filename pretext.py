@@ -258,10 +258,15 @@ XYZ = ((0.433953, 0.376219, 0.189828), (0.212671, 0.71516, 0.072169),
        (0.017758, 0.109477, 0.872765))
 
 
+def constant(values, x):
+    """values beside x, in its type: as x.new_tensor(values), which waits for a GPU."""
+    return torch.tensor(values, dtype=x.dtype).to(x.device, non_blocking=True)
+
+
 def rgb_to_lab(x):
     """(N, 3, H, W), sRGB in [0, 1] -> CIE L*a*b*, D65: L in [0, 100], a, b about [-110, 110]."""
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055).clamp(min=0) ** 2.4, x / 12.92)
-    t = torch.einsum("cd,ndhw->nchw", x.new_tensor(XYZ), linear)  # white is 1, 1, 1
+    t = torch.einsum("cd,ndhw->nchw", constant(XYZ, x), linear)  # white is 1, 1, 1
     f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-9) ** (1 / 3), t * 841 / 108 + 4 / 29)
     X, Y, Z = f.unbind(1)
     return torch.stack([116 * Y - 16, 500 * (X - Y), 200 * (Y - Z)], 1)
@@ -413,7 +418,7 @@ class Inpainting(Denoising):
     guards = ("place",)
 
     def make(self, x):
-        missing, mean = hole(x, "place" in self.on), x.new_tensor([123, 117, 104]).view(3, 1, 1)
+        missing, mean = hole(x, "place" in self.on), constant([123, 117, 104], x).view(3, 1, 1)
         return [torch.where(missing, mean / 255, x)], [x, missing]
 
 
@@ -473,7 +478,7 @@ class SplitBrain(Colorization):
         self.chance = {"loss": math.log(len(self.bins)) + math.log(100)}
 
     def see(self, x):
-        L, a, b = (rgb_to_lab(x) / x.new_tensor([100, 50, 50]).view(3, 1, 1)).split(1, 1)
+        L, a, b = (rgb_to_lab(x) / constant([100, 50, 50], x).view(3, 1, 1)).split(1, 1)
         return torch.cat([L, L, L, a, b, 0 * a] if "split" in self.on else [L, a, b] * 2, 1)
 
     def make(self, x):
@@ -559,7 +564,7 @@ class Patch(Rotation):
 
     def forward(self, f, t):
         h = f(t).unflatten(0, (-1, 9))  # (M, 9, d)
-        centre, others = h[:, 4:5].expand(-1, 8, -1), h[:, [0, 1, 2, 3, 5, 6, 7, 8]]
+        centre, others = h[:, 4:5].expand(-1, 8, -1), torch.cat([h[:, :4], h[:, 5:]], 1)
         pairs = torch.cat([torch.cat([centre, others], 2), torch.cat([others, centre], 2)])
         return [self.answer(pairs.flatten(0, 1))]  # (16M, 8)
 

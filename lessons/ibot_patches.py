@@ -156,10 +156,11 @@ def draw_masks(x, sides, options):
     """Columns of the figure, title -> an image (3, S, S) for every grid: what the student sees of
     x, hidden patches grey."""
     columns, g = {"image": [x] * len(sides)}, torch.Generator()
-    for title, make in (("blocks", ibot.block_mask), ("random", ibot.random_mask)):
-        for ratio in torch.linspace(*options.mask_ratio, 3).tolist():
-            masks = [make(s, s, ratio, g.manual_seed(options.seed + 1)) for s in sides]
-            columns[f"{title}, {ratio:.0%}"] = [torch.where(
+    for title, make in (("blocks", ibot.block_masks), ("random", ibot.random_masks)):
+        for ratio in torch.linspace(*options.mask_ratio, 3).split(1):
+            masks = [make(s, s, ratio, torch.rand(1, max(256, s * s), generator=g.manual_seed(
+                options.seed + 1)))[0] for s in sides]
+            columns[f"{title}, {ratio.item():.0%}"] = [torch.where(
                 F.interpolate(m[None, None].float(), x.shape[1:])[0] > 0.5, 0.6, x) for m in masks]
     return columns
 

@@ -223,13 +223,13 @@ def stratified(ratios, low, high):
     ("--random-masks", 8, 0.5), ("--mask-crops 0", 8, 0.0)])
 def test_masks(flags, N, share, monkeypatch):
     args, ratios = completed(*flags.split(), "--batch-size", str(N)), []
-    name = "random_mask" if args.random_masks else "block_mask"
+    name = "random_masks" if args.random_masks else "block_masks"
     make = getattr(dinov2, name)
 
-    def looking(height, width, ratio, generator, **least):
-        ratios.append(ratio)
+    def looking(height, width, shares, draws, **least):
+        ratios.extend(shares.tolist())
         assert height == width == 16 and least == ({} if args.random_masks else {"least": 4})
-        return make(height, width, ratio, generator, **least)
+        return make(height, width, shares, draws, **least)
 
     monkeypatch.setattr(dinov2, name, looking)
     masks, hidden, weights = dinov2.stratified_masks(5, 16, args, ONE)

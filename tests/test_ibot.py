@@ -170,9 +170,18 @@ def test_block_mask():
         return True
 
     assert agrees() and agrees(least=4, own=4) and not agrees(least=4) and not agrees(least=0)
+    ratios = torch.linspace(0, 0.5, 40)  # many at once as one by one
+    draws = torch.stack([torch.rand(300, generator=numbers(i)) for i in range(40)])
+    for i, mask in enumerate(ibot.block_masks(14, 14, ratios, draws)):
+        assert torch.equal(mask, beit_blocks(14, 14, ratios[i].item(), numbers(i), 16))
     for mistake in ("all squares", "height and width swapped", "what is hidden counted twice",
                     "one block"):
         assert not agrees(mistake), mistake
+
+
+def random_mask(height, width, ratio, generator):
+    draws = torch.rand(1, height * width, generator=generator)
+    return ibot.random_masks(height, width, torch.tensor([ratio]).double(), draws)[0]
 
 
 def neighbours(mask):
@@ -184,7 +193,7 @@ def neighbours(mask):
 def test_masks_of_every_size():
     """At most the share that was asked for, near to it on a large grid, and in blocks; one by one
     exactly as many. They end, whatever the grid."""
-    kinds = ibot.block_mask, ibot.random_mask
+    kinds = ibot.block_mask, random_mask
     for h, w in ((1, 1), (1, 3), (2, 2), (4, 4), (3, 8), (14, 14)):
         for most in (ratio * h * w for ratio in (0.0, 0.1, 0.3, 0.5, 1.0)):
             block, single = (make(h, w, most / (h * w), numbers()) for make in kinds)
