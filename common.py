@@ -178,6 +178,7 @@ def setup(device=None, amp="auto"):
     device = torch.device(name, local if cuda else None)
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # tries convolutions out: shapes stay the same
         auto = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     dtype = {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     if world > 1 and not dist.is_initialized():

@@ -92,6 +92,11 @@ def released(args, n):
     return VITS[args.arch][3]
 
 
+def local(args, n):
+    """Side of a local view: 96 pixels (DINOv2: 98) where the image has 224, in whole patches."""
+    return args.patch_size * max(1, round(args.image_size * 3 / 7 / args.patch_size))
+
+
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 1024, grows by its root
     # the built-in set, on a CPU
     "shapes": dict(arch="vit_nano", start="sines", patch_size=8, image_size=32, local_size=16,
@@ -109,7 +114,7 @@ RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 1024,
                   hires_epochs=0, hires_size=48),
     # larger ones: optimiser and views of the released recipe of 100 epochs (a ViT-L/16, one head, a
     # centre), for a ViT-S/14 with Sinkhorn and two heads
-    "large": dict(arch="vit_small", start="paper", patch_size=14, image_size=224, local_size=98,
+    "large": dict(arch="vit_small", start="paper", patch_size=14, image_size=224, local_size=local,
                   local_crops=8, global_scale=0.32, local_scale=0.05, blur=[0.0, 0.9, 0.5],
                   solarize=0.2, drop_path=0.3, layer_scale=1e-5, ffn=released, registers=0,
                   out_dim=65536, hidden=2048, tau_t=0.07, epochs=100, batch_size=256, koleo=0.1,
@@ -803,6 +808,11 @@ def train(args, stop):
                 + [args.hires_size] * (args.hires_epochs > 0))
     if least < args.patch_size:
         common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
+    if args.image_size % args.patch_size:
+        print(f"warning: {args.image_size % args.patch_size} rows and columns of a view are in no "
+              "patch, make --image-size a multiple of --patch-size")
+    if args.local_crops and args.local_size >= args.image_size:
+        print("warning: local views are not smaller than global ones, lower --local-size")
     net, net_ema = build(args, args.drop_path), build(args)
     if args.init or args.eval:
         load_weights(net, args.init or args.eval, args)

@@ -62,6 +62,11 @@ def momentum(most):
     return lambda args, n: min(most, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
 
+def local(args, n):
+    """Side of a local view: 96 pixels (DINOv2: 98) where the image has 224, in whole patches."""
+    return args.patch_size * max(1, round(args.image_size * 3 / 7 / args.patch_size))
+
+
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
     "shapes": dict(arch="vit_nano", start="sines", patch_size=8, image_size=32, local_size=16,
@@ -76,7 +81,7 @@ RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 a
                   tau_t_patch=0.07, epochs=200, batch_size=512, lr=5e-4, weight_decay=0.04,
                   weight_decay_end=0.4, m=momentum(0.996)),
     # larger ones: the released ViT-S, for 100 epochs of its 800
-    "large": dict(arch="vit_small", start="paper", patch_size=16, image_size=224, local_size=96,
+    "large": dict(arch="vit_small", start="paper", patch_size=16, image_size=224, local_size=local,
                   local_crops=10, global_scale=0.25, local_scale=0.05, blur=[1.0, 0.1, 0.5],
                   solarize=0.2, drop_path=0.1, out_dim=8192, hidden=2048, head_bn=False, tau_t=0.07,
                   tau_t_patch=0.07, epochs=100, batch_size=256, lr=5e-4, weight_decay=0.04,
@@ -703,6 +708,11 @@ def train(args, stop):
     least = min([args.image_size] + [args.local_size] * (args.local_crops > 0))
     if least < args.patch_size:
         common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
+    if args.image_size % args.patch_size:
+        print(f"warning: {args.image_size % args.patch_size} rows and columns of a view are in no "
+              "patch, make --image-size a multiple of --patch-size")
+    if args.local_crops and args.local_size >= args.image_size:
+        print("warning: local views are not smaller than global ones, lower --local-size")
     net, net_ema = build(args, args.drop_path), build(args)
     if args.init or args.eval:
         load_weights(net, args.init or args.eval, args)

@@ -208,6 +208,24 @@ def test_recipes_fill_what_is_left_open(name, row, side, n, capsys):
     assert (args.lr, args.image_size, args.epochs, args.eval_every) == (7, 24, 9, 3)
 
 
+@pytest.mark.parametrize("name", ["dino", "ibot", "dinov2"])
+def test_sizes_of_views(name, tmp_path, monkeypatch):
+    """A local view is 3/7 of a global one in whole patches; what does not fit is said."""
+    file = METHODS[name].file
+    for side, patch, size in ((224, 16, 96), (224, 14, 98), (96, 16, 48), (32, 16, 16)):
+        args = file.options(["--image-size", str(side), "--patch-size", str(patch)])
+        file.complete(args, 300, 5000)
+        assert args.local_size == size
+    lighten(monkeypatch, file, report=False)
+    for flags, warned in (("", []), ("--image-size 17", ["1 rows and columns"]),
+                          ("--local-size 16", ["local views are not smaller"]),
+                          ("--local-size 16 --local-crops 0", [])):
+        usual = "--patch-size 8 --local-size 8 --epochs 1 --eval-every 0 --m 0 " + flags
+        _, said = tiny(name, *usual.split(), "--out", tmp_path / "run")
+        found = re.findall("^warning: (.*)", said, re.M)
+        assert len(found) == len(warned) and all(map(str.startswith, found, warned)), (flags, found)
+
+
 # ==================================================================================================
 # Weights and images from elsewhere
 # ==================================================================================================
