@@ -978,7 +978,7 @@ def test_warnings(tmp_path, monkeypatch):
     assert "warning: over a third of the run" in out
     assert "half-life of the teacher 23 epochs" in out  # 69 steps of 3
     assert "entropy" in out and out.count("(chance 6.238)") == 2  # ln 512, of it and of the loss
-    assert "warning:" not in printed("--m", "0")
+    assert "warning:" not in printed("--m", "0", "--local-size", "8")
 
 
 def test_the_collapse_is_named():
