@@ -67,26 +67,26 @@ def local(args, n):
 
 RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
     # the built-in set, on a CPU
-    "shapes": dict(arch="vit_nano", start="sines", patch_size=8, image_size=32, local_size=16,
-                   local_crops=4, global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0],
-                   solarize=0.0, drop_path=0.0, out_dim=512, hidden=512, head_bn=True, tau_t=0.04,
-                   epochs=10, batch_size=64, lr=4e-3, weight_decay=0.04, weight_decay_end=0.04,
-                   m=momentum(0.99)),
+    "shapes": dict(arch="vit_nano", start="sines", stem="7x7", patch_size=8, image_size=32,
+                   local_size=16, local_crops=4, global_scale=0.5, local_scale=0.2,
+                   blur=[0.0, 0.0, 0.0], solarize=0.0, drop_path=0.0, out_dim=512, hidden=512,
+                   head_bn=True, tau_t=0.04, epochs=10, batch_size=64, lr=4e-3, weight_decay=0.04,
+                   weight_decay_end=0.04, m=momentum(0.99)),
     # images up to 64 pixels: no blur
-    "small": dict(arch="vit_tiny", start="sines", patch_size=4, image_size=32, local_size=16,
-                  local_crops=6, global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0],
-                  solarize=0.2, drop_path=0.1, out_dim=4096, hidden=2048, head_bn=False, tau_t=0.07,
-                  epochs=200, batch_size=512, lr=5e-4, weight_decay=0.04, weight_decay_end=0.4,
-                  m=momentum(0.996)),
+    "small": dict(arch="vit_tiny", start="sines", stem="3x3", patch_size=4, image_size=32,
+                  local_size=16, local_crops=6, global_scale=0.4, local_scale=0.1,
+                  blur=[0.0, 0.0, 0.0], solarize=0.2, drop_path=0.1, out_dim=4096, hidden=2048,
+                  head_bn=False, tau_t=0.07, epochs=200, batch_size=512, lr=5e-4,
+                  weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.996)),
     # larger ones: the released code's ViT-S of 100 epochs
-    "large": dict(arch="vit_small", start="paper", patch_size=16, image_size=224, local_size=local,
-                  local_crops=8, global_scale=0.4, local_scale=0.05, blur=[1.0, 0.1, 0.5],
-                  solarize=0.2, drop_path=0.1, out_dim=65536, hidden=2048, head_bn=False,
-                  tau_t=0.07, epochs=100, batch_size=256, lr=5e-4, weight_decay=0.04,
-                  weight_decay_end=0.4, m=momentum(0.996)),
+    "large": dict(arch="vit_small", start="paper", stem="7x7", patch_size=16, image_size=224,
+                  local_size=local, local_crops=8, global_scale=0.4, local_scale=0.05,
+                  blur=[1.0, 0.1, 0.5], solarize=0.2, drop_path=0.1, out_dim=65536, hidden=2048,
+                  head_bn=False, tau_t=0.07, epochs=100, batch_size=256, lr=5e-4,
+                  weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.996)),
 }
-RESNETS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
-           "resnet50": (Bottleneck, [3, 4, 6, 3])}
+ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
+         "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3])}
 VITS = {  # width, depth, heads
     "vit_nano": (128, 3, 4), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}
@@ -113,9 +113,10 @@ def options(argv=None):
     o("--workers", type=whole(0), default=common.cores(), help="readers of files (a core each)")
     o("--memory-limit", type=common.number(float, 0), default=8, help="GB, more is streamed (8)")
     o = p.add_argument_group("method").add_argument
-    o("--arch", choices=[*VITS, *RESNETS], help="of the backbone (paper: vit_small)")
+    o("--arch", choices=[*VITS, *ARCHS], help="of the backbone (paper: vit_small)")
     o("--start", choices=["paper", "sines"], help="weights of the ViT before training (paper; "
       "sines: for narrow ones and short runs)")
+    o("--stem", choices=["3x3", "7x7"], help="of a ResNet; 3x3: for small images")
     o("--patch-size", type=whole(1), help="of a ViT, pixels (paper: 16 and 8)")
     o("--drop-path", type=common.number(float, 0, 0.99), help="stochastic depth in "
       "the student's last block (paper: 0.1)")
@@ -393,6 +394,15 @@ class DINO(nn.Module):
         return h, *self.head(h)
 
 
+def resnet(arch, stem, norm_layer=nn.BatchNorm2d):
+    """torchvision's ResNet without its classifier: (N, 3, S, S) -> (N, d)."""
+    net = ResNet(*ARCHS[arch], norm_layer=norm_layer)
+    net.dim, net.fc = net.fc.in_features, nn.Identity()
+    if stem == "3x3":
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return net
+
+
 def build(args, drop_path=0.0):
     """The untrained network: the same weights for the same seed whenever it is called."""
     torch.manual_seed(args.seed)
@@ -401,8 +411,7 @@ def build(args, drop_path=0.0):
         if args.start == "sines":
             start_with_sines(backbone)
     else:
-        backbone = ResNet(*RESNETS[args.arch])
-        backbone.dim, backbone.fc = backbone.fc.in_features, nn.Identity()
+        backbone = resnet(args.arch, args.stem)
     return DINO(backbone, args.out_dim, args.hidden, args.head_bn)
 
 
@@ -611,7 +620,7 @@ def train(args, stop):
         load_weights(net, args.init or args.eval, args)
     if run.world > 1 and run.device.type == "cuda":
         net, net_ema = map(nn.SyncBatchNorm.convert_sync_batchnorm, (net, net_ema))
-    elif run.world > 1 and (args.head_bn or args.arch in RESNETS):
+    elif run.world > 1 and (args.head_bn or args.arch in ARCHS):
         print("note: no synchronised batch norm on CPUs, each process has its own statistics")
     for part in (net, net_ema):
         part.load_state_dict(net.state_dict())
@@ -760,10 +769,11 @@ def loading(args, path):
                 f"    img_size={args.image_size}, patch_size={args.patch_size}, embed_dim={dim}, "
                 f"depth={depth}, num_heads={heads},\n    num_classes=0)  # {args.arch}\n"
                 f"net.load_state_dict({load})\n")
-    block, layers = RESNETS[args.arch]
+    block, layers = ARCHS[args.arch]
+    stem = "net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()\n"
     return (f"import torch\nfrom torch import nn\nfrom torchvision.models import resnet\n"
             f"net = resnet.ResNet(resnet.{block.__name__}, {layers})  # {args.arch}\n"
-            f"net.fc = nn.Identity()\nnet.load_state_dict({load})\n")
+            f"{stem * (args.stem == '3x3')}net.fc = nn.Identity()\nnet.load_state_dict({load})\n")
 
 
 # ==================================================================================================

@@ -16,10 +16,11 @@ import statistics
 from pathlib import Path
 
 SAME = "method dataset epochs image_size device".split()  # columns beside the figures
-FREE = "seed out resume data_dir workers memory_limit".split()  # may differ between seeds
+FREE = "seed out resume eval data_dir workers memory_limit".split()  # may differ between seeds
 FIGURES = ("linear_top1 knn_top1 head_linear_top1 head_knn_top1 untrained_linear_top1 "
-           "untrained_knn_top1 pixels_linear_top1 pixels_knn_top1 spread alignment uniformity "
-           "rank_h rank_z train_seconds total_seconds images_per_second peak_memory_mb").split()
+           "untrained_knn_top1 pixels_linear_top1 pixels_knn_top1 supervised_top1 spread "
+           "alignment uniformity rank_h rank_z train_seconds total_seconds images_per_second "
+           "peak_memory_mb").split()
 
 
 def collect(runs, pattern):
@@ -40,7 +41,7 @@ def row_of(name, seeds):
     settings = [{k: r[k] for k in SAME} | {k: v for k, v in o.items() if k not in (*FREE, *SAME)}
                 for r, o in seeds.values()]
     for key in sorted(set().union(*settings)):
-        values = {str(s.get(key)) for s in settings}
+        values = sorted({str(s.get(key)) for s in settings})
         if len(values) > 1:
             raise SystemExit(f"error: the runs of {name} differ in {key}: {', '.join(values)}; "
                              "move one of them or give it another --out")
@@ -74,11 +75,12 @@ def main(argv=None):
         raise SystemExit(f"error: no {args.runs}/{args.name}/results.json; run something first")
     if args.out:
         merge(Path(args.out), rows)
-    print(f"{'experiment':32} seeds  linear top-1     k-NN top-1   images/s")
+    print(f"{'experiment':36} seeds  linear top-1     k-NN top-1    minutes   images/s")
     for row in rows:
         top1 = [f"{row[k] or '-':>6} ± {row[k + '_sd'] or '-':5}" for k in FIGURES[:2]]
         name, speed = row["experiment"], row["images_per_second"]
-        print(f"{name:32} {row['seeds']:5} {' '.join(top1)} {speed:>10}")
+        minutes = f"{float(row['train_seconds'] or 'nan') / 60:.1f}"
+        print(f"{name:36} {row['seeds']:5} {' '.join(top1)} {minutes:>10} {speed:>10}")
     return rows
 
 

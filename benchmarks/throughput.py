@@ -14,7 +14,8 @@ The images are noise: content costs nothing. Nothing is evaluated or written dur
             with the same autocast, memory format and --compile; a network without gradient has its
             forward alone: the ceiling. ibot, dinov2: under the masks of the first step, with the
             heads of patches; pretext: on what the task makes of the views, with its head
-  crops     of uint8 images in memory; augment: the augmentation of all their views
+  crops     of uint8 images in memory; augment: the augmentation of all their views; on a GPU also
+            with products in TF32 (errors of 1e-3), which the files leave off
   loss      forward and backward, on what it got in a step of the training; dinov2: and targets
   rest      what is left: guard, momentum updates, queues, masks, what a pretext task makes of its
             views, copies, the log
@@ -55,8 +56,10 @@ METHODS = {  # names of the losses, and the forward passes of a step -> list of 
     "dinov2": (["sinkhorn_knopp", "class_loss", "masked_loss", "koleo"], lambda net, ema, x, more: (
         ema(*x[:2], hidden=more["hidden"]), net(*x, **more)[2:])[1]),
 }
-VARIANTS = {  # of the bare networks: memory format, fused optimiser, mode of torch.compile
+VARIANTS = {  # of the bare networks: memory format, fused optimiser, cuDNN without trying its
+    # convolutions out, mode of torch.compile
     "contiguous": {"channels_last": False}, "unfused": {"fused": False},
+    "untried": {"benchmark": False},
     "eager": {"mode": None}, "compile": {"mode": "default"},
     "reduce-overhead": {"mode": "reduce-overhead"}, "max-autotune": {"mode": "max-autotune"},
     "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
@@ -85,7 +88,8 @@ def masks(method, args, run):
     return {}
 
 
-def bare(method, args, run, views, channels_last=True, fused=True, mode="as the training"):
+def bare(method, args, run, views, channels_last=True, fused=True, benchmark=True,
+         mode="as the training"):
     """One step of the networks alone, on views of these shapes -> function."""
     form = torch.channels_last if channels_last else torch.contiguous_format
     net, ema = method.build(args), method.build(args).requires_grad_(False)
@@ -103,6 +107,7 @@ def bare(method, args, run, views, channels_last=True, fused=True, mode="as the 
     _, forward = METHODS[method.__name__]
 
     def step():
+        torch.backends.cudnn.benchmark = benchmark
         with run.autocast():
             out = forward(*models, x, more)
         optimizer.zero_grad()
@@ -124,6 +129,14 @@ def losses(calls):
     found = [f(*again(a), **more) for f, a, more in calls]
     terms = [t for out in found for t in (out if isinstance(out, tuple) else [out])]
     sum(t.sum() for t in terms if t.requires_grad).backward()
+
+
+def in_tf32(f):
+    def faster():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        f()
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return faster
 
 
 class Noise:
@@ -189,6 +202,8 @@ class Noise:
             "augment": lambda: augmented(ready, self.args),
             "loss": lambda: losses(calls),
         }
+        if run.device.type == "cuda":  # matrix products of images in 10 bits
+            parts |= {f"{k}, tf32": in_tf32(parts[k]) for k in ("crops", "augment")}
         for name in self.own.variants:
             parts[name] = bare(self.method, self.args, run, views, **VARIANTS[name])
         for f in parts.values():

@@ -932,11 +932,13 @@ def test_an_evaluated_file_comes_out_as_it_went_in(official, tmp_path, monkeypat
     assert all(torch.equal(v, official.student[f"backbone.{k}"]) for k, v in made.items())
 
 
-@pytest.mark.parametrize("arch", ["vit_nano", "resnet10"])
-def test_the_printed_lines_rebuild_the_backbone(arch, tmp_path):
+@pytest.mark.parametrize("arch, stem", [("vit_nano", "7x7"), ("resnet10", "7x7"),
+                                        ("resnet10", "3x3")])
+def test_the_printed_lines_rebuild_the_backbone(arch, stem, tmp_path):
     """Strictly, with the same features: a file alone, as it is published."""
     pytest.importorskip("timm")
-    net = dino.build(args := options("--arch", arch, "--image-size", "24")).eval()
+    net = dino.build(args := options("--arch", arch, "--stem", stem, "--image-size", "24"))
+    net.eval()
     torch.save({"state_dict": net.backbone.state_dict()}, path := tmp_path / "backbone.pt")
     exec(dino.loading(args, path), names := {})
     x = draw(2, 3, 24, 24, dtype=torch.float32)

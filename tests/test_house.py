@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CAPS = {"pretext": 705, "simclr": 410, "moco": 460, "byol": 430, "dino": 620, "ibot": 695,
+CAPS = {"pretext": 705, "simclr": 410, "moco": 460, "byol": 430, "dino": 630, "ibot": 695,
         "dinov2": 760, "common": 551}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in CAPS
            if (ROOT / f"{name}.py").exists()}
