@@ -38,7 +38,7 @@ def benchmark(name):
 
 @pytest.mark.parametrize("method, own", [
     ("simclr", "--limit 64 --epochs 8 --lr 0.2 --scale 0.9"),
-    ("dino", "--limit 32 --epochs 20 --lr 8e-3 --scale 1 --amp bf16")])
+    ("dino", "--limit 32 --epochs 20 --lr 8e-3 --scale 1")])
 def test_supervised(tmp_path, method, own):
     """It learns its training images, and what it leaves is read by table.py and finetune.py."""
     supervised, folder = benchmark("supervised"), tmp_path / "runs" / f"supervised-{method}-s1"
