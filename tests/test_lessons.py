@@ -6,8 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tools import lighten
 
+import byol
 import common
+import dino
+import dinov2
+import ibot
+import moco
+import pretext
+import simclr
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--limit", "80", "--image-size", "16", "--epochs", "1"]
@@ -30,7 +38,9 @@ def lesson(name):
     ("dino_collapse", 8, ["--batch-size", "16", "--every", "3"]),
     ("pretext_tasks", 3 + 2, ["--batch-size", "16", "--tasks", "colorization", "patch"]),
 ])
-def test_lesson(tmp_path, name, rows, own):
+def test_lesson(tmp_path, monkeypatch, name, rows, own):
+    for method in (simclr, moco, byol, dino, pretext):
+        lighten(monkeypatch, method)
     lesson(name).main([*TINY, *own, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == 1 + rows
     assert (tmp_path / f"{name}.png").stat().st_size > 5000
@@ -38,7 +48,8 @@ def test_lesson(tmp_path, name, rows, own):
 
 @pytest.mark.parametrize("name, own", [
     ("ms", "--ms 0 0.9"), ("queues", "--queues 40 --seeds 2")])
-def test_moco_ablations(tmp_path, name, own):
+def test_moco_ablations(tmp_path, monkeypatch, name, own):
+    lighten(monkeypatch, moco)
     lesson("moco_steps").main([*TINY, *own.split(), "--batch-size", "16",
                                "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert len((tmp_path / f"moco_steps-{name}.csv").read_text().splitlines()) == 1 + 2
@@ -47,7 +58,6 @@ def test_moco_ablations(tmp_path, name, own):
 
 def test_dinov2_table(tmp_path, monkeypatch):
     """Two rows, in two parts: what is finished is not run again, nor taken for another run."""
-    import dinov2
     module, made, real = lesson("dinov2_table"), [], dinov2.train
     some = ["iBOT reproduced", "+ smaller patches"]
     monkeypatch.setattr(module, "ROWS", {row: module.ROWS[row] for row in some})
@@ -69,7 +79,6 @@ def test_dinov2_table(tmp_path, monkeypatch):
 def test_dinov2_table_rows():
     """Every row changes the options that it names and no others; on dinov2.py's command line, too.
     From row to row the figures change as the slide's arrows say."""
-    import dinov2
     module = lesson("dinov2_table")
     named = ["", "layer_scale drop_path", "out_dim", "koleo", "ffn", "patch_size", "m",
              "warmup tau_t_warmup", "batch_size", "centering", "tied_heads"]
@@ -104,7 +113,6 @@ def test_dinov2_table_differences(capsys):
 
 
 def test_finetune(tmp_path):
-    import simclr
 
     simclr.main([*TINY, "--eval-every", "0", "--out", str(tmp_path / "run")])
     rows = lesson("finetune").main([
@@ -132,7 +140,6 @@ def test_backbone_is_fed_as_in_its_training(name, tmp_path, monkeypatch):
 
 
 def test_attention(tmp_path):
-    import dino
     module, run = lesson("attention"), tmp_path / "run"
     dino.main([*TINY, "--batch-size", "16", "--eval-every", "0", "--device", "cpu",
                "--out", str(run)])
@@ -193,7 +200,6 @@ def untrained(method, folder, *argv):
 
 
 def test_ibot_patches(tmp_path, capsys):
-    import ibot
     module, run, out = lesson("ibot_patches"), tmp_path / "run", ["--out", str(tmp_path)]
     untrained(ibot, run)
     rows = module.main([str(run / "last.pt"), "--images", "22", "--size", "40", *out])
@@ -255,7 +261,6 @@ def test_places_of_views():
 
 @pytest.fixture(scope="module")
 def dinov2_run(tmp_path_factory):
-    import dinov2
     return untrained(dinov2, tmp_path_factory.mktemp("dinov2"), "--registers", "2", "--ffn",
                      "swiglu")
 
