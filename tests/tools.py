@@ -38,6 +38,14 @@ def quiet(method, argv):
     return results, out.getvalue()
 
 
+def train(file, argv, table=None):
+    """Training alone -> network, data, run (closed); nothing is printed."""
+    args = common.options(file.__name__, file.__doc__, table or file.OPTIONS, [str(a) for a in argv])
+    with contextlib.redirect_stdout(io.StringIO()), common.Run(args) as run:
+        net, data = file.train(args, run)
+    return net, data, run
+
+
 def refused(method, argv, capsys):
     """The one sentence with which method.main(argv) ends."""
     with pytest.raises(SystemExit) as stopped:
@@ -45,22 +53,3 @@ def refused(method, argv, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and re.fullmatch(r"error: [^\n]{15,}\n", error), error
     return error
-
-
-def small_resnet(arch, stem, norm_layer=nn.BatchNorm2d):
-    """Next to nothing, with batch norm: (N, 3, S, S) -> (N, 32)."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), norm_layer(8), nn.ReLU(),
-                        nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    net.dim = 32
-    return net
-
-
-def lighten(patch, method, report=True):
-    """A stand-in for the ResNet, a linear probe that is none, no curves, and without report no
-    figures at the end: what takes the time of a small run and is the same in every file."""
-    if hasattr(method, "resnet"):
-        patch.setattr(method, "resnet", small_resnet)
-    patch.setattr(method, "linear_probe", lambda x, y, x_test, y_test, decay: x.mean().item())
-    patch.setattr(common, "curves", lambda *_: None)
-    if not report:
-        patch.setattr(method, "report", lambda *_: {"verdict": "not looked at"})
