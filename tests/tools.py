@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-import torch.nn as nn
 
 import common
 
@@ -38,9 +37,9 @@ def quiet(method, argv):
     return results, out.getvalue()
 
 
-def train(file, argv, table=None):
+def train(file, argv):
     """Training alone -> network, data, run (closed); nothing is printed."""
-    args = common.options(file.__name__, file.__doc__, table or file.OPTIONS, [str(a) for a in argv])
+    args = common.options(file.__name__, file.__doc__, file.OPTIONS, [str(a) for a in argv])
     with contextlib.redirect_stdout(io.StringIO()), common.Run(args) as run:
         net, data = file.train(args, run)
     return net, data, run
