@@ -2,139 +2,98 @@
 Grill, Strub, Altche, Tallec, Richemond et al., NeurIPS 2020, https://arxiv.org/abs/2006.07733
 Slides: "Contrastive Learning: Bootstrap Your Own Latent (BYOL)", "How does BYOL work?".
 
-An online network predicts, from one view of an image, what a target network says of another view.
-The target is a slow average of the online network and gets no gradient. There are no negatives:
-that all images get the same vector is a perfect solution, and yet it is not what is found.
+From one view of an image, an online network predicts what a target network makes of another view.
+The target is a slow moving average of the online network and gets no gradient. There are no
+negatives: the same vector for all images would be a perfect solution, and yet it is not found.
 
-One step (Section 3.1, Algorithm 1 of Appendix A), for a batch of N images:
- 1. x1 = t(x), x2 = t'(x)       two views, drawn differently         `crops`, `augment`
- 2. h = f(x), z = g(h), p = q(z)   online, for both views            `BYOL.forward`
- 3. z' = g'(f'(x))              target, for both views               the same
- 4. L = ( |p1/|p1| - z2'/|z2'||^2 + |p2/|p2| - z1'/|z1'||^2 ) / 2, mean over N       `byol_loss`
- 5. update f, g, q              LARS, no gradient to f', g'          `update`, `LARS`, `lr_at`
- 6. xi = m xi + (1 - m) theta   the target follows                   `ema_update`, `m_at`
+One step (paper, Section 3.1, and Algorithm 1 in Appendix A), for a batch of N images:
+    x1, x2 = t(x), t'(x)           two random augmentations              crops, augment
+    h, z, p = f(x), g(h), q(z)     online network, both views            BYOL.forward
+    z' = g'(f'(x))                 target network, both views            BYOL.forward
+    L = mean ( |p1/|p1| - z2'/|z2'||^2 + |p2/|p2| - z1'/|z1'||^2 ) / 2   byol_loss
+    update f, g and q              LARS, no gradient to f' and g'        train, LARS, lr_at
+    xi = m xi + (1 - m) theta      the target follows, m rises to 1      ema_update, m_at
 
-Symbols: x1, x2 (N, 3, S, S) views in [0, 1]; h (2N, d) representations, the paper's y; z, p (2N, D)
-projections and predictions; z1, z2, p1, p2 their halves, z here the target's; theta, xi the
-parameters of net and net_ema; m the momentum, the paper's tau, which rises from --m to 1.
+Symbols: x1, x2 (N, 3, S, S) in [0, 1]; h (2N, d) representations, the paper's y; z, p (2N, D)
+projections and predictions, with halves z1, z2 and p1, p2; theta, xi parameters of the online and
+the target network; m momentum, the paper's tau. net is the online network, which is kept, net_ema
+the target.
 
-Departures from the paper:
- 1. The loss is the mean of both directions (paper: their sum), so that chance is 2 as for one. LARS
-    does not see the factor, but for biases and batch norm.
- 2. The target starts as a copy of the online network, as on the slides (released code: another
-    random draw).
- 3. Brightness is jittered by a factor and contrast around the mean grey (released code: by a
-    shift, around each channel's mean). Crops are resized bilinearly with antialiasing (bicubic).
- 4. Warm-up is a share of the run. RECIPES: small images are trained by SGD without blur, after
-    published CIFAR-10 recipes; the built-in set has its own, sized for a CPU.
+Where this file departs from the paper and the released code:
+  - The loss is the mean of both directions (paper: their sum), so that chance is 2 as for one
+    direction. With LARS the factor hardly matters, except for biases and batch norm.
+  - The target starts as a copy, as on the slides (released code: another random draw).
+  - m is smaller in short runs (m_start).
+  - Brightness is multiplied, contrast is around the mean grey, saturation is a blend with grey
+    (released code: a shift, around the mean of each channel, a factor in HSV). Crops are resized
+    bilinearly, with antialiasing (bicubic), and blurred with reflected edges (zeros).
+  - The last batch norm of a residual block starts at one (released code: at zero). No linear
+    classifier is trained along with the network (released code: one on h, without gradient to h).
+  - SGD, unlike LARS, decays biases and batch norm as well.
+  - Warm-up is a share of the run, and its first rate is not 0, as it is in the released code.
+  - Larger images follow the released code's preset for 100 epochs (paper: 300 and 1000), with a
+    batch for one GPU (paper: 4096). Images up to 64 pixels are trained by SGD without blur, as in
+    lightly's CIFAR-10 benchmark.
+  - The linear probe is a regression on features of central crops (paper: SGD on random crops).
+  - The built-in set has a recipe of its own, sized for a CPU.
 
-    python byol.py      130 s on 2 CPU cores; top-1 of h: 49.5 +- 1.8 % linear, 35.0 +- 2.0 % k-NN,
-                        3 seeds (untrained 26.4 and 31.4, pixels 29.6 and 48.5); README: more
+    python byol.py      130 s on 2 CPU cores: 49.5 +- 1.8 % linear, 35.0 +- 2.0 % k-NN (3 seeds);
+                        the untrained network has 26.4 and 31.4 %, raw pixels have 29.6 and 48.5 %
 """
 
-import argparse
-import copy
 import functools
-import json
 import math
-import time
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import common
+from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
 
 # ==================================================================================================
 # Options
 # ==================================================================================================
 
-
-def momentum(most):
-    """m for a run on n images: at best a half-life of a twentieth of its steps, at least 0.9."""
-    return lambda args, n: min(most, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
-
-
-RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 256 and grows with it
-    # the built-in set, on a CPU
-    "shapes": dict(arch="resnet10", stem="7x7", image_size=32, min_scale=0.5, blur=[0.0, 0.0],
-                   solarize=0.0, hidden=512, dim=128, epochs=10, batch_size=64,
-                   optimizer="sgd", lr=0.2, weight_decay=1e-4, m=momentum(0.99)),
-    # images up to 64 pixels: no blur, after published CIFAR-10 recipes
-    "small": dict(arch="resnet18", stem="3x3", image_size=64, min_scale=0.08, blur=[0.0, 0.0],
-                  solarize=0.2, hidden=1024, dim=256, epochs=200, batch_size=512,
-                  optimizer="sgd", lr=0.12, weight_decay=5e-4, m=momentum(0.99)),
-    # larger ones: the paper's ImageNet setting of 100 epochs, with a batch for one GPU (4096)
-    "large": dict(arch="resnet50", stem="7x7", image_size=224, min_scale=0.08, blur=[1.0, 0.1],
-                  solarize=0.2, hidden=4096, dim=256, epochs=100, batch_size=256,
-                  optimizer="lars", lr=0.45, weight_decay=1e-6, m=momentum(0.99)),
+ARCHS = {
+    "resnet10": (BasicBlock, [1, 1, 1, 1]),
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
 }
-ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
-         "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3])}
+TWO_SHARES = SHARE | {"nargs": 2}
 
 
-def options(argv=None):
-    """The command line. What has no default here comes from the row of RECIPES for the data."""
-    whole, share = functools.partial(common.number, int), common.number(float, 0, 1)
-    positive = common.number(float, 1e-9)
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.error = common.fail
-    o = p.add_argument_group("run").add_argument
-    o("--seed", type=whole(0, 2**31), default=0, help="of weights, order and random draws (0)")
-    o("--device", help="cuda, mps or cpu (the first there is)")
-    o("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="autocast (auto)")
-    o("--compile", action="store_true", help="compile network and augmentation")
-    o("--out", help="output folder (runs/byol-<dataset>-s<seed>)")
-    o("--resume", action="store_true", help="go on with the interrupted run in --out")
-    o = p.add_argument_group("data").add_argument
-    o("--dataset", default="shapes", help="shapes, a torchvision set or a folder (shapes)")
-    o("--data-dir", default="data", help="where downloaded sets are kept (data)")
-    o("--limit", type=whole(1), help="use only so many training images (all)")
-    o("--image-size", type=whole(8), help="side of a view in pixels")
-    o("--workers", type=whole(0), default=common.cores(), help="readers of files (a core each)")
-    o("--memory-limit", type=common.number(float, 0), default=8, help="GB, more is streamed (8)")
-    o = p.add_argument_group("method").add_argument
-    o("--arch", choices=ARCHS, help="f (paper: resnet50)")
-    o("--stem", choices=["3x3", "7x7"], help="of f; 3x3 has no max-pooling, for small images")
-    o("--hidden", type=whole(1), help="width of the hidden layer of g and q (paper: 4096)")
-    o("--dim", type=whole(1), help="D, width of z and p (paper: 256)")
-    o("--m", type=share, help="momentum at first (paper: 0.996, 0.99 to 300 epochs); 0 stays 0")
-    o("--no-predictor", action="store_true", help="q is the identity")
-    o("--no-stop-gradient", action="store_true", help="the target is the online network itself")
-    o("--predictor-lr-scale", type=positive, default=1.0, help="lr of q over that of the rest (1)")
-    o("--min-scale", type=share, help="smallest share of the image's area in a crop (paper: 0.08)")
-    o("--blur", type=share, nargs=2, help="probability in x1 and in x2 (paper: 1 and 0.1)")
-    o("--solarize", type=share, help="probability in x2 (paper: 0.2)")
-    o = p.add_argument_group("optimiser").add_argument
-    o("--epochs", type=whole(1), help="passes over the training images (paper: 40 to 1000)")
-    o("--batch-size", type=whole(2), help="N, images in a step of all processes (paper: 4096)")
-    o("--optimizer", choices=["sgd", "lars"], help="(paper: lars)")
-    o("--lr", type=positive, help="peak for 256 images, others in proportion (paper: 0.2 to 0.45)")
-    o("--weight-decay", type=share, help="(paper: 1.5e-6, to 300 epochs 1e-6)")
-    o("--warmup", type=share, default=0.1, help="share of the run (0.1; paper: 10 epochs)")
-    o = p.add_argument_group("evaluation").add_argument
-    o("--eval-every", type=whole(0), help="epochs (a quarter of the run; 0: never)")
-    o("--knn-k", type=whole(1), default=20, help="neighbours (20)")
-    o("--knn-tau", type=positive, default=0.07, help="temperature of their votes (0.07)")
-    o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or torchvision's weights")
-    o("--eval", metavar="FILE", help="evaluate such a file, train nothing")
-    return p.parse_args(argv)
+def m_start(args, n):
+    """m of a run on n images: a half-life of at most a twentieth of its steps, at least 0.9 and at
+    most 0.99, the released code's for 100 and 300 epochs (paper: 0.996 for 1000)."""
+    return min(0.99, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
 
-def complete(args, side, n):
-    """Fill what is left open from RECIPES, for n images with this shorter side, and print it."""
-    row = "shapes" if side is None else "small" if side <= 64 else "large"
-    defaults = RECIPES[row] | {"image_size": min(RECIPES[row]["image_size"], side or math.inf)}
-    defaults["eval_every"] = -(-(args.epochs or defaults["epochs"]) // 4)
-    for k, value in defaults.items():
-        if getattr(args, k) is None:
-            setattr(args, k, value(args, n) if callable(value) else value)
-    print(f"recipe {row}:", *(f"{k}={v:.6g}" if isinstance(v := getattr(args, k), float)
-                              else f"{k}={v}" for k in defaults))
-
+# Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
+# common.py adds --dataset, --seed, --amp, --resume and so on.
+OPTIONS = {  # fmt: skip
+    # option               built-in    to 64 px    larger      allowed     meaning
+    "arch":               ("resnet10", "resnet18", "resnet50", one_of(ARCHS), "encoder f"),
+    "stem":               ("7x7",      "3x3",      "7x7",      "3x3|7x7",  "3x3: no max-pool"),
+    "hidden":             (512,        1024,       4096,       FROM_1,     "width in g and q"),
+    "dim":                (128,        256,        256,        FROM_1,     "D, width of z, p"),
+    "no_predictor":       (False,      False,      False,      FLAG,       "q is the identity"),
+    "no_stop_gradient":   (False,      False,      False,      FLAG,       "target is online"),
+    "predictor_lr_scale": (1.0,        1.0,        1.0,        POSITIVE,   "lr of q over lr"),
+    "image_size":         (32,         64,         224,        PIXELS,     "S, side of a view"),
+    "min_scale":          (0.5,        0.08,       0.08,       SHARE,      "least area of a crop"),
+    "blur":               ((0.0, 0.0), (0.0, 0.0), (1.0, 0.1), TWO_SHARES, "in x1 and x2"),
+    "solarize":           (0.0,        0.2,        0.2,        SHARE,      "in x2"),
+    "epochs":             (10,         200,        100,        FROM_1,     "(paper: 300, 1000)"),
+    "batch_size":         (64,         512,        256,        FROM_2,     "N (paper: 4096)"),
+    "optimizer":          ("sgd",      "sgd",      "lars",     "sgd|lars", "(paper: lars)"),
+    "lr":                 (0.2,        0.12,       0.45,       POSITIVE,   "peak, times N / 256"),
+    "weight_decay":       (1e-4,       5e-4,       1e-6,       SHARE,      "L2 penalty"),
+    "warmup":             (0.1,        0.1,        0.1,        SHARE,      "share of the steps"),
+    "m":                  (m_start,    m_start,    m_start,    SHARE,      "rises to 1; 0 stays"),
+}
 
 # ==================================================================================================
 # Augmentation
@@ -142,27 +101,31 @@ def complete(args, side, n):
 
 
 def crops(args):
-    """The first part of T and T' (Appendix B): random crops, two of every image."""
-    return [common.Crop(args.image_size, (args.min_scale, 1.0), (3 / 4, 4 / 3), count=2)]
+    """Random crops, two of every image (paper, Appendix B)."""
+    return [common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3), count=2)]
 
 
 def augment(views, args):
-    """The rest of it (Table 6): views, x1 and x2 (N, 3, S, S) in [0, 1] -> same, an own draw for
-    every image. Blur and solarization differ between the two."""
-    seen = []
+    """Flip, colour jitter, grey, blur, solarization (paper, Appendix B and Table 6); every image
+    has its own draws. Blur and solarization differ between the two views.
+
+    views: list of x1 and x2 (N, 3, S, S) in [0, 1] -> the same.
+    """
+    augmented = []
     for x, blur, solarize in zip(views, args.blur, (0.0, args.solarize)):
         x = common.flip(x, p=0.5)
-        x = common.grey(common.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8), p=0.2)
-        if blur:  # as wide as a tenth of the image
-            x = common.blur(x, sigma=(0.1, 2.0), taps=x.shape[-1] // 20 * 2 + 1, p=blur)
-        seen.append(common.solarize(x, p=solarize))
-    return seen
+        x = common.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8)
+        x = common.grey(x, p=0.2)
+        if blur:
+            taps = args.image_size // 20 * 2 + 1  # odd, a tenth of the image
+            x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=blur)
+        augmented.append(common.solarize(x, p=solarize))
+    return augmented
 
 
 # ==================================================================================================
 # Model
 # ==================================================================================================
-
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
 
@@ -177,13 +140,15 @@ def resnet(arch, stem, norm_layer=nn.BatchNorm2d):
 
 
 def mlp(inputs, hidden, outputs):
-    """g or q (Section 3.3): its last layer has neither bias nor batch norm."""
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-                         nn.Linear(hidden, outputs, bias=False))
+    """g or q: no batch norm after the last layer (paper, Section 3.3), and there no bias (released
+    code)."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+        nn.Linear(hidden, outputs, bias=False))
 
 
 class BYOL(nn.Module):
-    """f, g and q: V views (N, 3, S, S) in [0, 1] -> h (V N, d), z and p (V N, D).
+    """f, g and q: V views (N, 3, S, S) in [0, 1] -> h (V N, d), z (V N, D), p (V N, D).
 
     Batch norm sees one view at a time. The target has a q as well, which is not used.
     """
@@ -193,18 +158,22 @@ class BYOL(nn.Module):
         self.backbone = resnet(arch, stem)
         self.projector = mlp(self.backbone.dim, hidden, dim)
         self.predictor = mlp(dim, hidden, dim) if predictor else nn.Identity()
-        for name, value in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(self, *views):
-        h = [self.backbone((x - self.mean) / self.std) for x in views]
+        h = [self.encode(x) for x in views]
         z = [self.projector(y) for y in h]
         p = [self.predictor(y) for y in z]
         return torch.cat(h), torch.cat(z), torch.cat(p)
 
+    def encode(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.backbone((x - self.mean) / self.std)
+
 
 def build(args):
-    """The untrained network: the same weights for the same seed whenever it is called."""
+    """The untrained network, the same for the same seed."""
     torch.manual_seed(args.seed)
     return BYOL(args.arch, args.stem, args.hidden, args.dim, not args.no_predictor)
 
@@ -215,8 +184,8 @@ def build(args):
 
 
 def byol_loss(p, z, stop_gradient=True):
-    """Squared error of unit vectors (paper, equation 2; slide "How does BYOL work?"), its mean over
-    the N images:
+    """Squared error of unit vectors (paper, equation 2; slide "How does BYOL work?"), the mean over
+    N images of
 
         L = | p / |p| - z / |z| |^2 = 2 - 2 (p . z) / (|p| |z|)
 
@@ -234,9 +203,9 @@ def byol_loss(p, z, stop_gradient=True):
 
 @torch.no_grad()
 def ema_update(net_ema, net, m):
-    """theta_ema <- m theta_ema + (1 - m) theta (slide "Momentum Contrast (MoCo)").
+    """xi <- m xi + (1 - m) theta (paper, equation 1), for the parameters alone.
 
-    The parameters alone, no buffers. m: a float or a 0-dim tensor. Test: test_ema_update.
+    m: a float or a 0-dim tensor. Test: test_ema_update.
     """
     ema, new = list(net_ema.parameters()), list(net.parameters())
     weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)
@@ -245,7 +214,9 @@ def ema_update(net_ema, net, m):
 
 def m_at(step, steps, m):
     """From m to 1 by half a cosine (paper, Section 3.3), but 0 stays 0. Test: test_m_at."""
-    return 1 - (1 - m) * (math.cos(math.pi * step / steps) + 1) / 2 if m else 0.0
+    if m == 0:
+        return 0.0
+    return 1 - (1 - m) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
 # ==================================================================================================
@@ -253,29 +224,10 @@ def m_at(step, steps, m):
 # ==================================================================================================
 
 
-class Gather(torch.autograd.Function):
-    """(n, ...) of every process -> (world n, ...), with gradient.
-
-    Each process computes the loss of the whole batch. Backward adds what all of them say of a row,
-    DistributedDataParallel averages over processes: together the gradient of one process.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dist.all_reduce(grad := grad.clone(memory_format=torch.contiguous_format))
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 class LARS(torch.optim.SGD):
     """Layer-wise adaptive rate scaling (You et al. 2017). Test: test_lars_equation.
 
-        v <- mu v + eta |w| / |g + wd w| (g + wd w),   w <- w - lr v      per tensor w
+        v <- mu v + eta |w| / |g + wd w| (g + wd w),   w <- w - lr v      for each tensor w
 
     Biases and normalisation (one dimension): v <- mu v + g.
     """
@@ -288,7 +240,7 @@ class LARS(torch.optim.SGD):
     def step(self):
         w = [p for group in self.param_groups for p in group["params"] if p.ndim > 1]
         g = [p.grad for p in w]
-        torch._foreach_add_(g, w, alpha=self.decay)
+        torch._foreach_add_(g, w, alpha=self.decay)  # g + wd w
         w_norm, g_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
         trust = torch.where(w_norm * g_norm > 0, self.eta * w_norm / g_norm, 1.0)
         torch._foreach_mul_(g, list(trust))
@@ -296,362 +248,187 @@ class LARS(torch.optim.SGD):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear to peak in `warmup` steps, then a half cosine to 0. Test: test_lr_at."""
+    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def update(loss, net, optimizer, scaler, buffers):
-    """The optimiser's step -> loss, averaged over processes, and finite (0-dim bool). Where loss or
-    gradient of any process are not, weights and momentum stay and buffers, a list of (b, b before
-    the forward pass), go back. loss: 0-dim, or (T,) with its parts -> (T,).
-
-    Decided on the device: the fused optimisers do nothing where found_inf is 1.
-    """
-    scaler.unscale_(optimizer)
-    norms = torch._foreach_norm([p.grad for p in net.parameters() if p.grad is not None])
-    loss = loss.detach().reshape(-1)
-    said = torch.cat([~torch.isfinite(torch.stack(norms).sum() + loss.sum()).view(1), loss])
-    if dist.is_initialized():
-        dist.all_reduce(said)
-        said[1:] /= dist.get_world_size()
-    failed = (said[0] > 0).float()
-    optimizer.grad_scale, optimizer.found_inf = None, failed
-    optimizer.step()
-    scaler.update()
-    for b, before in buffers:
-        b.copy_(torch.where(failed > 0, before, b))
-    return said[1:], failed == 0
-
-
-def load_weights(net, path):
-    """Load last.pt (all of net), or the backbone from a backbone.pt or torchvision's weights."""
-    found, method = common.read_checkpoint(path), Path(__file__).stem
-    if "state" not in found:
-        found = found.get("state_dict", found)
-        backbone = {k: v for k, v in found.items() if not k.startswith("fc.")}  # fc: classifier
-        common.load_into(net.backbone, backbone, path)
-        print("the head stays random: what is said of z means nothing before training")
-    elif found["method"] == method:
-        common.load_into(net, found["state"]["net"], path)
-    else:
-        common.fail(f"{path} is a run of {found['method']}, not of {method}; give its backbone.pt")
-
-
-def train(args, stop):
-    # -- setup
-    begun, method = time.perf_counter(), Path(__file__).stem
-    run = common.setup(args.device, args.amp)
-    name = f"runs/{method}-{Path(args.dataset).name}-s{args.seed}" + "-eval" * bool(args.eval)
-    folder = common.run_folder(args.out or name, args.resume)
-    print(f"{method} on {args.dataset}, {run.world} x {run.name}, {run.dtype}, to {folder}")
-
-    # -- data
-    data = common.Data(args.dataset, args.data_dir, args.limit)
-    complete(args, data.side, len(data))
-    common.write(folder / "args.json", json.dumps(vars(args), indent=1))
-    data.read(args.image_size, run.device, args.memory_limit, args.workers)
-    n, batch = len(data.train.labels), args.batch_size
-    per_epoch = max(n // batch, 1)
-    steps = args.epochs * per_epoch
-    print(f"{n:,} training images, {len(data.val[1]):,} validation images")
-    if not args.eval and (n < batch or batch % run.world):
-        common.fail(f"--batch-size {batch} has to be at most the number of training images, {n}, "
-                    f"and a multiple of that of processes, {run.world}")
-
-    # -- model
-    net = build(args)
-    if args.init or args.eval:
-        load_weights(net, args.init or args.eval)
-    if run.world > 1 and run.device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    elif run.world > 1:
-        print("note: no synchronised batch norm on CPUs, each process has its own statistics")
-    net = net.to(run.device, memory_format=torch.channels_last)
-    net_ema = copy.deepcopy(net).requires_grad_(False)
-    compiled = torch.compile if args.compile else lambda f: f
-    augmented, online, target = compiled(augment), compiled(net), compiled(net_ema)
-    online = nn.parallel.DistributedDataParallel(online) if run.world > 1 else online
-    state = {"net": net, "net_ema": net_ema}
-
-    # -- optimiser
-    peak, warmup = args.lr * batch / 256, round(args.warmup * steps)
-    kind = LARS if args.optimizer == "lars" else functools.partial(torch.optim.SGD, fused=True)
-    rest = [*net.backbone.parameters(), *net.projector.parameters()]
-    groups = [{"params": rest, "scale": 1.0},
-              {"params": list(net.predictor.parameters()), "scale": args.predictor_lr_scale}]
-    optimizer = kind(groups, peak, momentum=0.9, weight_decay=args.weight_decay)
-    for p in net.parameters():  # PyTorch leaves it unset if the first step of all is skipped
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    chance = {"loss": 2.0}  # when nothing is learned: p and z are orthogonal
-    half_life = math.log(2) / max(-math.log(args.m or 1e-9), 1e-9) / per_epoch
-    print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {batch} / 256; "
-          f"half-life of the target {half_life:.2g} epochs at first")
-    if batch < 32:
-        print("warning: a batch under 32 is too few for batch norm, raise --batch-size")
+def check(args, per_epoch):
+    """Say what is known to go wrong before hours are spent on it."""
+    half_life = math.log(0.5) / math.log(min(max(args.m, 1e-9), 1 - 1e-9)) / per_epoch
+    print(f"half-life of the target: {half_life:.2g} epochs at first")
+    if args.eval:
+        return
+    if args.batch_size < 32:
+        print("warning: fewer than 32 images are too few for batch norm, raise --batch-size")
     if half_life > args.epochs / 10:
         print("warning: the target's half-life is over a tenth of the run, lower --m")
-    if args.warmup > 1 / 3:
-        print("warning: over a third of the run is warm-up, lower --warmup")
 
-    # -- resume
+
+def train(args, run):
+    """-> the trained online network and the data."""
+    data = common.load_data(args, OPTIONS, run)
+    N, steps = args.batch_size, args.epochs * data.per_epoch
+    warmup, peak = round(args.warmup * steps), args.lr * N / 256
+    print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
+    check(args, data.per_epoch)
+    common.show_views(run, data, crops(args), lambda views: augment(views, args))
+
+    # -- model: net is the online network, which is evaluated and kept; net_ema is the target
+    net, net_ema = build(args), build(args)
+    common.load_weights(net, args)  # of --init or --eval
+    net_ema.load_state_dict(net.state_dict())
+    net, net_ema = run.place(net), run.place(net_ema)  # with several GPUs one batch norm for all
+    net_ema.requires_grad_(False)  # stop-gradient: the target only follows, by moving average
+    online, target, aug = run.parallel(net), run.compiled(net_ema), run.compiled(augment)
+
+    # -- optimiser
+    of_f_g = [*net.backbone.parameters(), *net.projector.parameters()]
+    of_q = list(net.predictor.parameters())
+    groups = [{"params": of_f_g, "scale": 1.0},
+              {"params": of_q, "scale": args.predictor_lr_scale}]
+    rule = LARS if args.optimizer == "lars" else functools.partial(torch.optim.SGD, fused=True)
+    optimizer = rule(groups, peak, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    tally = torch.zeros(len(chance) + 2, device=run.device)  # sums, their number; failures in a row
-    state |= {"optimizer": optimizer, "scaler": scaler, "tally": tally}
-    start = {"step": 0, "seconds": 0.0, "rows": []}
-    progress = common.restore(folder / "last.pt", method, args, state) if args.resume else start
-    step, rows, saved = progress["step"], progress["rows"], time.perf_counter()
-    look, caught = 10 if run.device.type == "cuda" else 1, 0  # to look at a GPU is to wait for it
-    show_views(folder, data, args, run)
-    for epoch in range(step // per_epoch, 0 if args.eval else args.epochs):
-        first = step % per_epoch
-        batches = data.epoch(epoch, first, batch, crops(args), run, args.seed)
-        bar = common.Bar(batches, per_epoch, first, f"epoch {epoch + 1}/{args.epochs}")
-        for views, _ in bar:
+    state = {"net": net, "net_ema": net_ema, "optimizer": optimizer, "scaler": scaler}
+    run.restore(state)  # --resume: goes on with the very step
+    undo = common.Undo(net, net_ema)  # batch norm's statistics, should a step fail
+    run.chance = {"loss": 2.0}  # where nothing is learned: p and z are orthogonal
+    stop_gradient = not args.no_stop_gradient
+
+    for epoch in run.epochs(data):
+        for step, views in run.batches(data, epoch, crops(args)):
             # -- step
-            rates = {"lr": lr_at(step, steps, warmup, peak), "m": m_at(step, steps, args.m)}
+            lr = lr_at(step, steps, warmup, peak)
+            m = m_at(step, steps, args.m)
             for group in optimizer.param_groups:
-                group["lr"] = rates["lr"] * group["scale"]
-            buffers = [(b, b.clone()) for f in (net, net_ema) for b in f.buffers()
-                       if b.is_floating_point()]
-            x = [v.contiguous(memory_format=torch.channels_last) for v in augmented(views, args)]
+                group["lr"] = lr * group["scale"]
+            x1, x2 = aug(views, args)  # (N, 3, S, S) each
             with run.autocast():
-                _, z, p = online(*x)  # (2N, D) each
-                if not args.no_stop_gradient:
-                    _, z, _ = target(*x)  # (2N, D)
-            (p1, p2), (z1, z2) = p.float().chunk(2), z.float().chunk(2)  # (N, D) each
-            loss = (byol_loss(p1, z2, not args.no_stop_gradient)
-                    + byol_loss(p2, z1, not args.no_stop_gradient)) / 2
+                _, z, p = online(x1, x2)  # (2N, D) each
+                if stop_gradient:  # else the online network is its own target
+                    _, z, _ = target(x1, x2)  # (2N, D)
+            p1, p2 = p.float().chunk(2)  # predictions, (N, D) each
+            z1, z2 = z.float().chunk(2)  # what they have to meet, (N, D) each
+            loss = (byol_loss(p1, z2, stop_gradient)
+                    + byol_loss(p2, z1, stop_gradient)) / 2
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            losses, finite = update(loss, net, optimizer, scaler, buffers)
-            ema_update(net_ema, net, torch.where(finite, rates["m"], 1.0))
-            step += 1
-            # -- log
-            good, failures = finite.view(1), torch.where(finite, -tally[-1:], 1)
-            tally += torch.cat([torch.where(finite, losses, 0), good, failures])
-            if step % look == 0:
-                *sums, good, failures = tally.tolist()
-                said = "".join(f", {k} {v:.3g}" for k, v in rates.items())
-                bar.say(f"loss {sums[0] / max(good, 1):.3f} (chance {chance['loss']:.3f}){said}")
-                if failures >= 50 and scaler.get_scale() <= 1:
-                    common.fail(f"no finite loss and gradient in 50 steps up to step {step}: lower "
-                                "--lr or turn --amp off; nothing was saved since")
-                if caught := stop.agreed(run.device):
-                    break
-        (*sums, good, _), seconds = tally.tolist(), bar.seconds  # in this order: a GPU ends first
-        progress |= {"step": step, "seconds": progress["seconds"] + seconds}
-        if step % per_epoch == 0:
-            tally[:-1] = 0
-            means = {k: total / good if good else None for k, total in zip(chance, sums)}
-            row = {"epoch": epoch + 1, **means, **rates, "skipped": per_epoch - int(good),
-                   "waiting": bar.waiting / seconds,
-                   "images_per_second": (per_epoch - first) * batch / seconds}
-            rows.append(row)
-            said = [f"{k} {math.nan if means[k] is None else means[k]:.3f} (chance {c:.3f})"
-                    for k, c in chance.items()]
-            left = common.duration(progress["seconds"] / step * (steps - step))
-            print(f"epoch {epoch + 1}: {', '.join(said)}, {row['skipped']} steps skipped, "
-                  f"{row['images_per_second']:,.0f} images/s, {row['waiting']:.0%} waiting for "
-                  f"data, {left} left")
-            if args.eval_every and (epoch + 1) % args.eval_every == 0:
-                row |= evaluate(state, data, args, run)
-        # -- save
-        common.write_rows(folder / "metrics.jsonl", rows)
-        if caught or step == steps or time.perf_counter() - saved > 60:
-            common.save(folder / "last.pt", method, args, state, progress)
-            saved = time.perf_counter()
-        if caught:
-            print(f"stopped after step {step:,} of {steps:,}, --resume goes on from here")
-            raise SystemExit(128 + caught)
-    results = {"method": method} | vars(args) | {
-        "device": run.name, "versions": {"torch": torch.__version__},
-        "train_seconds": progress["seconds"],
-        "images_per_second": step * batch / max(progress["seconds"], 1e-9)}
-    results |= report(state, data, args, run)
-    results["peak_memory_mb"] = common.peak_memory_mb(run.device)
-    results["total_seconds"] = time.perf_counter() - begun
-    finish(folder, state[KEPT], args, rows, results, [*chance])
-    return results
-
-
-def finish(folder, net, args, rows, results, terms):
-    """Write backbone.pt, curves, options and results, and print how to load the backbone."""
-    weights = {k: v.cpu().contiguous() for k, v in net.backbone.state_dict().items()}
-    meta = vars(args) | {"mean": MEAN, "std": STD}
-    common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta})
-    common.curves(folder / "curves.png", rows, {
-        "loss": terms, "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
-        "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
-    common.write(folder / "results.json", json.dumps(results, indent=1))
-    print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
-          f"{results['images_per_second']:,.0f} images/s, {results['peak_memory_mb']:,.0f} MB peak")
-    print(f"\nThe backbone, for (RGB in [0, 1] - {MEAN}) / {STD}:\n\n"
-          f"{loading(args, folder / 'backbone.pt')}")
-
-
-def loading(args, path):
-    """Python that rebuilds the backbone with torchvision alone and loads the file strictly."""
-    block, layers = ARCHS[args.arch]
-    stem = "net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()\n"
-    return (f"import torch\nfrom torch import nn\nfrom torchvision.models import resnet\n"
-            f"net = resnet.ResNet(resnet.{block.__name__}, {layers})  # {args.arch}\n"
-            f"{stem * (args.stem == '3x3')}net.fc = nn.Identity()\n"
-            f"net.load_state_dict(torch.load({str(path)!r}, weights_only=True)['state_dict'])\n")
+            scaler.unscale_(optimizer)
+            ok = run.update(optimizer, scaler, loss)  # unless loss or gradient is not finite
+            ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA: xi = m xi + (1 - m) theta
+            undo(unless=ok)
+            run.log(ok, loss=loss, lr=lr, m=m)
+        # -- log and save
+        if run.end_epoch():  # every --eval-every epochs
+            evaluate(net, data, args, run)
+        run.save(state)  # at most once a minute; after a signal the program ends here
+    return net, data
 
 
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
 
-KEPT = "net"  # of state: the network that is evaluated and written
 
+def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
+    """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
-def central(args, size=None):
-    """The view for evaluation: a central square, of 7/8 of a larger image (released code)."""
-    return [common.Crop(size or args.image_size, 1.0 if args.image_size <= 64 else 0.875)]
-
-
-def show_views(folder, data, args, run):
-    """views.png: eight training images and, to the right, what the network gets to see of them."""
-    eight = torch.arange(min(8, len(data.train.labels)))
-    draws = [next(common.batches(data.train, eight, 8, c, run.device, seed=(args.seed, i)))[0]
-             for i, c in enumerate([central(args)] + [crops(args)] * 3)]
-    seen = [v for views in draws[1:] for v in augment(views, args)]
-    common.picture(folder / "views.png", draws[0] + seen)
-
-
-@torch.no_grad()
-def embed(f, crops, part, args, run, seed=None):
-    """f: views -> tensors (B, ...); over part = (images, index) -> [tensors (n, ...), labels].
-
-    Each process takes every world-th image, all get everything, in the order of index.
+    The L2 penalty is chosen on val. With test, the classifier is then made from fit and val.
     """
-    (images, index), rows = part, []
-    n, most = len(index), -(-len(index) // run.world)
-    share = index[torch.arange(run.rank, most * run.world, run.world) % n]  # equally many for each
-    for x, i in common.batches(images, share, 512, crops, run.device, args.workers, seed):
-        with run.autocast():
-            out = f([v.contiguous(memory_format=torch.channels_last) for v in x])
-        rows.append([*(t.float() for t in out), images.labels[i].to(run.device)])
-    columns = [torch.cat(c) for c in zip(*rows)]
-    if run.world > 1:
-        columns = [torch.stack(Gather.apply(c).chunk(run.world), 1) for c in columns]
-    return [c.flatten(0, 1)[:n] if run.world > 1 else c for c in columns]
-
-
-def knn(x, y, x_test, y_test, k, tau):
-    """Top-1 in % of the k nearest by cosine, with votes exp(cosine / tau) (Wu et al. 2018)."""
-    x, right = F.normalize(x), 0
-    for q, target in zip(x_test.split(1024), y_test.split(1024)):
-        cosine, i = (F.normalize(q) @ x.T).topk(min(k, len(x)))  # (n, k)
-        votes = q.new_zeros(len(q), int(y.max()) + 1).scatter_add_(1, y[i], (cosine / tau).exp())
-        right += (votes.argmax(1) == target).sum().item()
-    return 100 * right / len(x_test)
+    if not torch.isfinite(fit[0]).all():
+        return math.nan
+    scores = regression_path(*fit, *val, penalties)
+    if test is None:
+        return max(scores)
+    both = [torch.cat(pair) for pair in zip(fit, val)]
+    return regression_path(*both, *test, penalties[: scores.index(max(scores)) + 1])[-1]
 
 
 @torch.enable_grad()
-def linear_probe(x, y, x_test, y_test, decay):
-    """Top-1 in % of multinomial logistic regression on standardised features with an L2 penalty."""
+def regression_path(x, y, x_test, y_test, penalties):
+    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; every
+    fit starts where the one before has ended."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    w = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+    w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
+    b = torch.zeros_like(w[0], requires_grad=True)
+    scores = []
+    for penalty in penalties:
+        lbfgs = torch.optim.LBFGS(
+            [w, b], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
 
-    def objective():
-        lbfgs.zero_grad()
-        loss = F.cross_entropy(x @ w[1:] + w[0], y) + decay / 2 * w[1:].square().sum()
-        loss.backward()
-        return loss
+        def objective(penalty=penalty, lbfgs=lbfgs):
+            lbfgs.zero_grad()
+            loss = F.cross_entropy(x @ w + b, y) + penalty / 2 * w.square().sum()
+            loss.backward()
+            return loss
 
-    lbfgs.step(objective)
-    return 100 * ((x_test @ w[1:] + w[0]).argmax(1) == y_test).float().mean().item()
+        lbfgs.step(objective)
+        correct = (x_test @ w + b).argmax(1) == y_test
+        scores.append(100 * correct.float().mean().item())
+    return scores
 
 
-def probes(parts, args):
-    """parts: (features, labels) of fit, val and perhaps test -> linear and k-NN top-1 on the last.
+def accuracies(f, names, crop, splits, run):
+    """Linear and k-NN top-1 of each output of f, by name; splits: fit, val and perhaps test."""
+    parts = [common.embed(f, part, crop, run) for part in splits]
+    results = {}
+    for i, name in enumerate(names):
+        labelled = [(part[i], part[-1]) for part in parts]
+        results[f"{name}linear_top1"] = linear_probe(*labelled)
+        results[f"{name}knn_top1"] = common.knn(*labelled, k=run.args.knn_k, tau=run.args.knn_tau)
+    return results
 
-    The penalty is the best on val; for test the classifiers are then made from fit and val.
+
+def central(size):
+    """The central square; of an image over 64 pixels 7/8 of it, as in the released code."""
+    return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
+
+
+def evaluate(net, data, args, run, test=False):
+    """Is z healthy, and how well do h and z tell the classes apart?
+
+    On validation images; with test on the test images, beside the floors: h of the untrained
+    network and raw pixels.
     """
-    score = {d: linear_probe(*parts[0], *parts[1], d) for d in (1.0, 1e-1, 1e-2, 1e-3, 1e-4)}
-    best = max(score, key=score.get)
-    bank = [torch.cat(t) for t in zip(*parts[:-1])]
-    linear = linear_probe(*bank, *parts[2], best) if len(parts) > 2 else score[best]
-    return linear, knn(*bank, *parts[-1], args.knn_k, args.knn_tau)
+    net.eval()
+    run.broadcast(net)
 
+    def two_views(views):  # as in training
+        (h, z1, _), (_, z2, _) = map(net, augment(views, args))
+        return h, z1, z2
 
-@torch.no_grad()
-def health(state, data, args, run):
-    """z of two views of up to 1024 validation images, in eval mode: figures and a verdict.
-
-    spread: standard deviation of the unit vectors z / |z|, times sqrt(D): 1 all over the sphere, 0
-    at a point. alignment: mean squared distance of two views; uniformity: log mean exp(-2 squared
-    distance) of two images (Wang & Isola 2020). rank: exponential of the entropy of the singular
-    values (RankMe, Garrido et al. 2023).
-    """
-    def both(x):
-        return [t for v in augment(x, args)[:2] for t in state[KEPT](v)[:2]]
-
-    part = data.val[0], data.val[1][:1024]
-    out = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
-    h, z1, _, z2, _ = (t.nan_to_num(0, 0, 0) for t in out)
-    z1, z2 = F.normalize(z1), F.normalize(z2)
-    apart = torch.pdist(z1.cpu()).square()
-    rank = {k: torch.linalg.svdvals(x.cpu()) for k, x in (("h", h), ("z", z1))}
-    rank = {k: torch.special.entr(p / p.sum()).sum().exp().item() for k, p in rank.items()}
-    figures = {"spread": z1.std(0).mean().item() * z1.shape[1] ** 0.5,
-               "alignment": (z1 - z2).square().sum(1).mean().item(),
-               "uniformity": (-2 * apart).exp().mean().log().item(),
-               "rank_h": rank["h"], "rank_z": rank["z"]}
-    return figures | {"verdict": verdict(figures, z1.shape, args, state)}
-
-
-def verdict(figures, shape, args, state):
-    """The figures of z, which has this shape, in words."""
-    spread, rank, D = figures["spread"], figures["rank_z"], shape[1]
-    flat = rank < 0.05 * min(shape)
-    word = "collapsed to a point" if spread < 0.1 else "dimensional collapse" if flat else "healthy"
-    return f"{word}: z has spread {spread:.2f} of 1, rank {rank:.0f} of {D}"
-
-
-def evaluate(state, data, args, run, test=False):
-    """Health and, where there are labels, top-1 of h and z, on validation or test images."""
-    net = state[KEPT].eval()
-    for b in net.buffers() if run.world > 1 else ():  # batch norm of CPU processes differs
-        dist.broadcast(b, 0)
-    results = health(state, data, args, run)
+    results = common.health(*common.embed(two_views, data.val, crops(args), run, limit=1024))
+    view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
-        parts = [data.fit, data.val] + ([data.test] if test else [])
-        parts = [embed(lambda x: net(x[0])[:2], central(args), p, args, run) for p in parts]
-        results["linear_top1"], results["knn_top1"] = probes([(h, y) for h, _, y in parts], args)
-        results["head_linear_top1"], results["head_knn_top1"] = probes([p[1:] for p in parts], args)
-    top1 = [f"{k[:-5].replace('_', ' ')} {v:.1f}" for k, v in results.items() if k.endswith("top1")]
-    print(f"{'test' if test else 'validation'}: {', '.join(top1 + [results['verdict']])}")
+        splits = data.splits(test)
+        results |= accuracies(lambda x: net(*x)[:2], ["", "head_"], view, splits, run)
+    if data.labelled and test:
+        floor = build(args).to(run.device).eval()
+        results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
     net.train()
-    return results
+    return run.report(results, test)
 
 
-def report(state, data, args, run):
-    """On the test set, read once: h and z beside the untrained network and raw pixels, a table."""
-    results = evaluate(state, data, args, run, test=True)
-    if data.labelled:
-        untrained, few = build(args).to(run.device).eval(), central(args, min(args.image_size, 32))
-        for name, f, view in (("untrained", lambda x: untrained(x[0])[:1], central(args)),
-                              ("pixels", lambda x: [x[0].flatten(1)], few)):
-            parts = [embed(f, view, p, args, run) for p in (data.fit, data.val, data.test)]
-            results[f"{name}_linear_top1"], results[f"{name}_knn_top1"] = probes(parts, args)
-        print(f"\ntop-1 in % on {len(data.test[1]):,} test images    linear   k-NN")
-        for label, k in (("h, before the head", ""), ("z, after the head", "head_"),
-                         ("h of the untrained network", "untrained_"),
-                         ("raw pixels, at most 32 x 32", "pixels_")):
-            print(f"{label:36} {results[k + 'linear_top1']:8.1f} {results[k + 'knn_top1']:6.1f}")
-    return results
+def loading(args):
+    """Python that rebuilds the backbone with torchvision alone; printed at the end of a run."""
+    block, layers = ARCHS[args.arch]
+    lines = ["import torch", "from torch import nn", "from torchvision.models import resnet",
+             f"net = resnet.ResNet(resnet.{block.__name__}, {layers})  # {args.arch}"]
+    if args.stem == "3x3":
+        lines += ["net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()"]
+    return "\n".join([*lines, "net.fc = nn.Identity()"])
 
 
 def main(argv=None):
-    with common.Stop() as stop:
-        return train(options(argv), stop)
+    args = common.options("byol", __doc__, OPTIONS, argv)
+    with common.Run(args) as run:
+        net, data = train(args, run)
+        results = evaluate(net, data, args, run, test=True)
+        return run.finish(net.backbone, results, MEAN, STD, loading(args))
 
 
 if __name__ == "__main__":

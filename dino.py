@@ -322,17 +322,16 @@ def clip_each(net, length):
     torch._foreach_mul_(grads, [(length / (n + 1e-6)).clamp(max=1.0) for n in norms])
 
 
-def check(args, per_epoch):
+def check(args, steps):
     """Say what cannot work or is known to go wrong before hours are spent on it."""
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if args.arch in VITS and least < args.patch_size:
-        common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
+        common.fail("--patch-size is over --image-size or --local-size, the side of a view")
+    if args.eval:
+        return
     if args.local_scale > args.global_scale:
-        common.fail(f"--local-scale {args.local_scale:g} is over --global-scale "
-                    f"{args.global_scale:g}, the largest area of a local crop")
-    half_life = math.log(0.5) / math.log(min(max(args.m, 1e-9), 1 - 1e-9)) / per_epoch
-    print(f"half-life of the teacher: {half_life:.2g} epochs at first")
-    if half_life > args.epochs / 10:
+        common.fail("--local-scale is over --global-scale, the largest area of a local crop")
+    if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if args.arch in VITS and args.image_size % args.patch_size:
         print("warning: the rest of a view beside whole patches is cut off, make --image-size a "
@@ -344,29 +343,34 @@ def check(args, per_epoch):
 def train(args, run):
     """-> the trained teacher and the data."""
     data = common.load_data(args, OPTIONS, run)
-    N, K, steps = args.batch_size, args.out_dim, args.epochs * data.per_epoch
+    N, K = args.batch_size, args.out_dim
+    steps = args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * N / 256
     print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
-    check(args, data.per_epoch)
+    check(args, steps)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 
     # -- model: net is g_s, the student; net_ema is g_t, the teacher, which is evaluated and kept
-    net, net_ema = build(args, args.drop_path), build(args)
+    net = build(args, args.drop_path)
+    net_ema = build(args)
     common.load_weights(net, args, branch=args.branch, adapt=fit_positions)  # of --init or --eval
     net_ema.load_state_dict(net.state_dict())
-    net, net_ema = run.place(net), run.place(net_ema)
+    net = run.place(net)
+    net_ema = run.place(net_ema)
     net_ema.requires_grad_(False)  # stop-gradient: the teacher only follows, by moving average
     net.head.last_layer.weight_g.requires_grad_(not args.norm_last_layer)
     center = torch.zeros(1, K, device=run.device)
-    student, teacher, aug = run.parallel(net), run.compiled(net_ema), run.compiled(augment)
+    student, teacher = run.parallel(net), run.compiled(net_ema)
+    aug = run.compiled(augment)
 
     # -- optimiser
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1]},
               {"params": [p for p in trained if p.ndim <= 1]}]  # biases and norms: no decay
-    sgd = functools.partial(torch.optim.SGD, momentum=0.9)
-    rule = {"adamw": torch.optim.AdamW, "sgd": sgd}[args.optimizer]
-    optimizer = rule(groups, peak, fused=True)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, peak, momentum=0.9, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, peak, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "net_ema": net_ema, "center": center, "optimizer": optimizer,
              "scaler": scaler}
@@ -378,7 +382,8 @@ def train(args, run):
     for epoch in run.epochs(data):
         for step, views in run.batches(data, epoch, crops(args)):
             # -- step
-            lr, m = lr_at(step, steps, warmup, peak), cosine(step, steps, args.m, 1.0)
+            lr = lr_at(step, steps, warmup, peak)
+            m = cosine(step, steps, args.m, 1.0)
             wd = cosine(step, steps, args.weight_decay, args.weight_decay_end)
             tau_t = tau_at(step, steps, args.tau_t, args.tau_t_warmup)
             if args.no_sharpening:
@@ -520,11 +525,11 @@ def loading(args):
         return ("import torch, timm\nnet = timm.models.VisionTransformer(\n"
                 f"    img_size={args.image_size}, patch_size={args.patch_size}, embed_dim={dim}, "
                 f"depth={depth}, num_heads={heads},\n    num_classes=0)  # {args.arch}")
-    lines = ["import torch, torchvision", "from torch import nn",
-             f"net = torchvision.models.{args.arch}()"]
+    stem = ""
     if args.stem == "3x3":
-        lines += ["net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()"]
-    return "\n".join([*lines, "net.fc = nn.Identity()"])
+        stem = "net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()\n"
+    return ("import torch, torchvision\nfrom torch import nn\n"
+            f"net = torchvision.models.{args.arch}()\n{stem}net.fc = nn.Identity()")
 
 
 # ==================================================================================================
@@ -650,16 +655,9 @@ def start_with_sines(vit):
             nn.init.xavier_uniform_(m.weight)
 
 
-def vit_tiny(patch_size=16, image_size=224, drop_path=0.0):
-    return ViT(*VITS["vit_tiny"], patch_size, image_size, drop_path)
-
-
-def vit_small(patch_size=16, image_size=224, drop_path=0.0):
-    return ViT(*VITS["vit_small"], patch_size, image_size, drop_path)
-
-
-def vit_base(patch_size=16, image_size=224, drop_path=0.0):
-    return ViT(*VITS["vit_base"], patch_size, image_size, drop_path)
+vit_tiny = functools.partial(ViT, *VITS["vit_tiny"])  # (patch_size=16, image_size=224)
+vit_small = functools.partial(ViT, *VITS["vit_small"])
+vit_base = functools.partial(ViT, *VITS["vit_base"])
 
 
 def fit_positions(weights, net):

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# The commands behind the published figures. METHOD is pretext, simclr, moco, byol, dino,
-# ibot or dinov2; from the root:
+# The commands behind the published figures, from the root:
 #
-#   bash benchmarks/run.sh METHOD shapes          the built-in set, 3 seeds, 2 CPU cores
+#   bash benchmarks/run.sh METHOD SET             METHOD.py on a --dataset, 3 seeds
 #   bash benchmarks/run.sh METHOD imagenet        ImageNet, 8 GPUs; IMAGENET=folder with train/
 #   bash benchmarks/run.sh METHOD throughput      images/s, parts of a step, streaming, one GPU
 #   bash benchmarks/run.sh METHOD table           runs/METHOD-*/ -> rows of benchmarks/results.csv
@@ -12,13 +11,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-seeds=${SEEDS:-0 1 2}
 method=${1:-} target=${2:-}
 shift $(($# < 2 ? $# : 2))
 
-shapes() {
-    for seed in $seeds; do
-        $python "$method.py" --seed "$seed" "$@"
+seeds() {
+    local seed
+    for seed in ${SEEDS:-0 1 2}; do
+        $python "$method.py" --dataset "$target" --seed "$seed" "$@"
     done
 }
 
@@ -31,11 +30,11 @@ imagenet() { # one node; for several: TORCHRUN="torchrun --nnodes ... --rdzv-end
 throughput() { # the recipes for small and for large images, and files if the folder is there
     local files=() photos=${PHOTOS:-data/clothing-160}
     [ -d "$photos" ] && files=(--folder "$photos")
-    $python benchmarks/throughput.py "$method" --image-size 32 --compile --steps 50 \
-        --images 50000 --eval-images 10000 --variants contiguous unfused untried eager max-autotune \
+    $python benchmarks/throughput.py "$method" --image-size 32 --compile --steps 50 --limit 4000 \
+        --variants contiguous unfused untried eager max-autotune \
         --out "benchmarks/throughput-$method-32.csv" "$@"
     $python benchmarks/throughput.py "$method" --image-size 224 --compile --steps 20 \
-        --images 2048 --variants contiguous unfused untried eager \
+        --variants contiguous unfused untried eager \
         --out "benchmarks/throughput-$method-224.csv" "${files[@]}" "$@"
 }
 
@@ -45,6 +44,7 @@ table() {
 
 [ -f "$method.py" ] || target=
 case $target in
-shapes | imagenet | throughput | table) "$target" "$@" ;;
-*) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+imagenet | throughput | table) "$target" "$@" ;;
+?*) seeds "$@" ;;
+*) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

@@ -1,0 +1,50 @@
+"""Is a method as fast in one checkout of this project as in another? The same run in turns.
+
+    python benchmarks/compare.py . ../before simclr --limit 1000 --epochs 2 --eval-every 0
+
+METHOD.py is run with these options in both checkouts, --rounds times. Printed are images/s of the
+training (as in results.json) and the ratio of each round, the first checkout by the second: a
+machine that gets slower or faster meanwhile does so for both. Every other round begins with the
+second.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def speed(checkout, method, options):
+    """images/s of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, f"{method}.py", *options, "--out", f"{folder}/run"]
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"error: {method}.py failed in {checkout}: {done.stderr.strip()}")
+        return json.loads(Path(folder, "run", "results.json").read_text())["images_per_second"]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("first", help="folder of a checkout")
+    p.add_argument("second", help="folder of the other one")
+    p.add_argument("method", help="simclr, dino, ...; other options go to METHOD.py")
+    p.add_argument("--rounds", type=int, default=3, help="runs in each checkout (3)")
+    own, options = p.parse_known_args(argv)
+    ratios = []
+    for number in range(own.rounds):
+        order = [own.first, own.second] if number % 2 == 0 else [own.second, own.first]
+        rates = {checkout: speed(checkout, own.method, options) for checkout in order}
+        ratios.append(rates[own.first] / rates[own.second])
+        print(f"{own.method}: {rates[own.first]:.1f} images/s in {own.first}, "
+              f"{rates[own.second]:.1f} in {own.second}, ratio {ratios[-1]:.3f}", flush=True)
+    print(f"{own.method}: ratio {min(ratios):.3f} to {max(ratios):.3f}, median "
+          f"{statistics.median(ratios):.3f} of {own.rounds} rounds")
+    return ratios
+
+
+if __name__ == "__main__":
+    main()
