@@ -12,17 +12,18 @@ Images are float32 (N, 3, H, W) in [0, 1] on the device, and uint8 where they ar
 import argparse
 import atexit
 import functools
-import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,16 +32,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.distributed.nn.functional import all_gather, all_reduce
 from torchvision import datasets
+from torchvision.utils import save_image
 
 try:
     from tqdm import tqdm
 except ImportError:  # then there is no bar, only a line an epoch
     tqdm = None
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 # ==================================================================================================
 # Errors and files
@@ -59,7 +58,7 @@ def main_process():
 
 
 def write(path, content):
-    """Write text, or what a function saves to a path, or torch.save anything else.
+    """Write text, or what a function saves to the path it is given.
 
     The file is whole or not there, whatever happens. Only the first process writes.
     """
@@ -69,10 +68,8 @@ def write(path, content):
     try:
         if isinstance(content, str):
             part.write_text(content)
-        elif callable(content):
-            content(part)
         else:
-            torch.save(content, part)
+            content(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
         part.unlink(missing_ok=True)
@@ -81,15 +78,7 @@ def write(path, content):
 
 def to_json(value):
     """Strict JSON: what is not finite becomes null."""
-
-    def strict(x):
-        if isinstance(x, dict):
-            return {k: strict(v) for k, v in x.items()}
-        if isinstance(x, list | tuple):
-            return [strict(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps(strict(value), allow_nan=False)
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
 # ==================================================================================================
@@ -120,8 +109,7 @@ FLAG, SWITCH = {"action": "store_true"}, {"action": argparse.BooleanOptionalActi
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
+    error = staticmethod(fail)
 
 
 def options(method, doc, table, argv=None):
@@ -145,7 +133,7 @@ def options(method, doc, table, argv=None):
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or released weights")
     o("--eval", metavar="FILE", help="evaluate such a file, train nothing")
     o = p.add_argument_group("data").add_argument
-    o("--dataset", default="shapes", help="shapes, a torchvision set or a folder (shapes)")
+    o("--dataset", default=BUILT_IN, help=f"a name or a folder ({BUILT_IN}, {', '.join(SETS)})")
     o("--data-dir", default="data", help="where downloaded sets are kept (data)")
     o("--limit", **FROM_1, help="use only so many training images (all)")
     o("--workers", **FROM_0, default=cores(), help="readers of files (a core each)")
@@ -158,7 +146,7 @@ def options(method, doc, table, argv=None):
         if allowed is not FLAG:
             meaning = f"{meaning} ({' | '.join(map(show_value, defaults))})"
         flag = "--" + name.replace("_", "-")
-        o(flag, **allowed, default=None, help=meaning.replace("%", "%%"))
+        o(flag, **allowed, help=meaning.replace("%", "%%"), default=None)
     o = p.add_argument_group("evaluation").add_argument
     o("--eval-every", **FROM_0, help="epochs (a quarter of the run; 0: never)")
     o("--knn-k", **FROM_1, default=20, help="neighbours (20)")
@@ -179,20 +167,19 @@ def show_value(value):
 def load_data(args, table, run):
     """Find the set, take what is left open in args from its column of the table, read it."""
     data = Data(args.dataset, args.data_dir, args.limit)
-    names = ["built-in", "images up to 64 pixels", "larger images"]
     column = 0 if data.side is None else 1 if data.side <= 64 else 2
     for name, row in table.items():  # in order: a function may use the rows above its own
         if getattr(args, name) is None:
             value = row[column]
             if callable(value):
-                value = value(args, len(data))
+                value = value(args, len(data.parts["train"][0]))
             elif name == "image_size" and data.side:
                 value = min(value, data.side)
             setattr(args, name, [*value] if isinstance(value, tuple) else value)
     if args.eval_every is None:
         args.eval_every = math.ceil(args.epochs / 4)
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
-    print(f"recipe for the {names[column]} set: {recipe}")
+    print(f"recipe {['built-in', 'small', 'large'][column]}: {recipe}")
     data.read(args.image_size, run.device, args.memory_limit, args.workers)
     args.images = n = len(data.train.labels)
     print(f"{n:,} training images, {len(data.val[1]):,} validation images")
@@ -207,26 +194,6 @@ def load_data(args, table, run):
 # ==================================================================================================
 # A run: processes, precision, log, checkpoint
 # ==================================================================================================
-
-
-class Gather(torch.autograd.Function):
-    """Rows of all processes, with gradient: (n, ...) -> (world n, ...).
-
-    Every process computes the loss of the whole batch. The gradients that the copies of a row get
-    are added up here and averaged by DistributedDataParallel: the gradient of a single process.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class Run:
@@ -244,18 +211,17 @@ class Run:
         name = f"runs/{args.method}-{Path(args.dataset).name}-s{args.seed}"
         self.folder = self._claim(args.out or name + ("-eval" if args.eval else ""))
         self.step, self.seconds, self.rows, self.rates, self.chance = 0, 0.0, [], {}, {}
-        self.tally, self.signal, self.stopped = None, 0, 0
-        self.handlers, self.notes, self.saved = {}, set(), time.perf_counter()
+        self.sums, self.bar, self.signal, self.stopped = None, None, 0, 0
+        self.handlers, self.saved = {}, time.perf_counter()
         self.every = 10 if self.device.type == "cuda" else 1  # to read from a GPU is to wait for it
         print(f"{args.method} on {args.dataset}, {self.world} x {self.name}, {self.dtype}, "
-              f"to {self.folder}")
+              f"to {printable(self.folder)}")
+        if self.world > 1 and self.device.type == "cpu":
+            print("note: batch norm is not synchronised on CPUs, each process has its own")
 
     def _choose_device(self, name, amp):
-        found = ["cpu"]
-        if torch.backends.mps.is_available():
-            found.insert(0, "mps")
-        if torch.cuda.is_available():
-            found.insert(0, "cuda")
+        found = ["cuda"] if torch.cuda.is_available() else []
+        found += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
         name = name or found[0]
         if name not in found:
             fail(f"--device {name}: this machine has {', '.join(found)}")
@@ -263,8 +229,7 @@ class Run:
             fail("--amp has to be off on mps")
         self.device, self.name, auto = torch.device(name), name, None
         if name == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            self.device = torch.device(name, local)
+            self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
             self.name = torch.cuda.get_device_name(self.device)
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # tries convolutions out: shapes stay the same
@@ -275,10 +240,8 @@ class Run:
         """Meet the other processes of torchrun, if there are any."""
         names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
         missing = [k for k in names if k not in os.environ]
-        if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-            if missing:
-                fail(f"RANK or WORLD_SIZE is set, but not {', '.join(missing)}: start with "
-                     "torchrun, or unset them")
+        if missing and not {"RANK", "WORLD_SIZE"} <= {*missing}:
+            fail(f"half an environment of torchrun: {', '.join(missing)} not set")
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1 and not dist.is_initialized():
@@ -292,31 +255,18 @@ class Run:
 
         With --resume: the last of them whose run was interrupted.
         """
-        folders = (Path(f"{Path(out)}-{n}" if n > 1 else out) for n in itertools.count(1))
-        found = [None]
-        try:
-            if not main_process():
-                pass
-            elif self.args.resume:
-                runs = itertools.takewhile(lambda f: (f / "args.json").exists(), folders)
-                open_runs = [f for f in runs if not (f / "results.json").exists()
-                             and (f / "last.pt").exists()]
-                if not open_runs:
-                    fail(f"--resume: no interrupted run in {out}; name its folder with --out, or "
-                         "drop --resume to start another")
-                found = open_runs[-1:]
-            while main_process() and not found[0]:
-                found = [next(folders)]
-                found[0].mkdir(parents=True, exist_ok=True)
-                try:
-                    open(found[0] / "args.json", "x").close()  # fails if another run has made it
-                except FileExistsError:
-                    found = [None]
-        except OSError as error:
-            fail(f"--out {out}: no folder can be made there ({error.strerror})")
+        folders = [Path(out), *(Path(f"{Path(out)}-{n}") for n in range(2, 10_000))]
+        free = next(i for i, f in enumerate(folders) if not (f / "args.json").exists())
+        claimed = [None]
+        if main_process() and self.args.resume:
+            begun = [f for f in folders[:free] if (f / "last.pt").exists()]
+            begun = [f for f in begun if not (f / "results.json").exists()]
+            claimed = begun[-1:] or fail(f"--resume: no interrupted run in {out}, name it by --out")
+        elif main_process():
+            claimed = [next(f for f in folders[free:] if claim(f))]
         if self.world > 1:
-            dist.broadcast_object_list(found)
-        return found[0]
+            dist.broadcast_object_list(claimed)
+        return claimed[0]
 
     def __enter__(self):
         return self
@@ -326,12 +276,6 @@ class Run:
         if kind and self.step == 0 and not self.args.resume and main_process():
             (self.folder / "args.json").unlink(missing_ok=True)  # the folder is free again
 
-    def note(self, text):
-        """Print it, once a run."""
-        if text not in self.notes:
-            self.notes.add(text)
-            print(f"note: {text}")
-
     # -- networks and processes
 
     def autocast(self):
@@ -340,11 +284,8 @@ class Run:
 
     def place(self, net):
         """net on the device; with several GPUs its batch norm is over all of them."""
-        norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
-        if self.world > 1 and norms and self.device.type == "cuda":
+        if self.world > 1 and self.device.type == "cuda":
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        elif self.world > 1 and norms:
-            self.note("no synchronised batch norm on CPUs, each process has its own statistics")
         return net.to(self.device, memory_format=torch.channels_last)
 
     def compiled(self, f):
@@ -364,16 +305,20 @@ class Run:
                 dist.broadcast(b, 0)
 
     def gather(self, x):
-        """Rows of all processes, with gradient: (n, ...) -> (world n, ...)."""
-        return Gather.apply(x) if self.world > 1 else x
+        """Rows of all processes, with gradient: (n, ...) -> (world n, ...).
+
+        Where every process computes the loss of the whole batch, the gradients that the copies of a
+        row get are added up here and averaged by DistributedDataParallel: those of one process.
+        """
+        if self.world == 1:
+            return x
+        return torch.cat(all_gather(x.contiguous()))
 
     def mean(self, x):
         """Mean over all processes."""
-        if self.world > 1:
-            x = x.clone()
-            dist.all_reduce(x)
-            x /= self.world
-        return x
+        if self.world == 1:
+            return x
+        return all_reduce(x) / self.world
 
     def update(self, optimizer, scaler, loss):
         """The optimiser's step, unless loss or gradient of any process are not finite.
@@ -417,11 +362,16 @@ class Run:
         """(step, views) for what is left of an epoch; ends early after a signal."""
         self.first = self.step % self.per_epoch
         items = data.epoch(epoch, self.first, self.args.batch_size, crops, self, self.args.seed)
-        self.bar = Bar(items, self.per_epoch, self.first, f"epoch {epoch + 1}/{self.args.epochs}")
-        for views, _ in self.bar:
+        if tqdm and sys.stderr.isatty() and main_process():
+            self.bar = tqdm(total=self.per_epoch, desc=f"epoch {epoch + 1}", leave=False)
+        self.waiting, self.epoch_begun = 0.0, time.perf_counter()
+        tick = self.epoch_begun
+        for views, _ in items:
+            self.waiting += time.perf_counter() - tick
             yield self.step, views
             if self.stopped:
                 break
+            tick = time.perf_counter()
 
     def log(self, ok, **figures):
         """End a step. Tensors are averaged over the steps of the epoch that are ok and over
@@ -429,51 +379,54 @@ class Run:
         terms = {k: v.detach().float() for k, v in figures.items() if torch.is_tensor(v)}
         self.rates = {k: v for k, v in figures.items() if k not in terms}
         self.terms, n = [*terms], len(terms)
-        if self.tally is None:
-            self.tally = torch.zeros(n + 2, device=self.device)
+        if self.sums is None:
+            self.sums = torch.zeros(n + 2, device=self.device)
         means = self.mean(torch.stack([*terms.values()]))
-        self.tally[:n] += torch.where(ok, means, 0)
-        self.tally[n] += ok  # good steps
-        self.tally[n + 1] = torch.where(ok, 0, self.tally[n + 1] + 1)  # failed ones in a row
+        self.sums[:n] += torch.where(ok, means, 0)
+        self.sums[n] += ok  # good steps
+        self.sums[n + 1] = torch.where(ok, 0, self.sums[n + 1] + 1)  # failed ones in a row
         self.step += 1
         if self.step % self.every == 0:
             self._look()
 
     def _look(self):
-        """Read the tally: the bar, the end of a hopeless run, and whether a signal came."""
-        loss, *_, good, failed = self.tally.tolist()
-        rates = "".join(f", {k} {v:.3g}" for k, v in self.rates.items())
-        self.bar.say(f"loss {loss / max(good, 1):.3f}{self._chance('loss')}{rates}")
+        """Read the sums: the bar, the end of a hopeless run, and whether a signal came."""
+        loss, *_, good, failed = self.sums.tolist()
+        if self.bar:
+            rates = "".join(f", {k} {v:.3g}" for k, v in self.rates.items())
+            self.bar.set_postfix_str(f"loss {loss / max(good, 1):.3f}{self._chance('loss')}{rates}")
+            self.bar.update(self.step % self.per_epoch - self.bar.n)
         if failed >= 50:
-            fail(f"no finite loss and gradient in 50 steps up to step {self.step}: lower --lr or "
-                 "turn --amp off; nothing was saved since")
-        caught = torch.tensor(self.signal, device=self.device)
+            fail(f"no finite loss and gradient for 50 steps, up to {self.step}: lower --lr")
+        stopped = torch.tensor(self.signal, device=self.device)
         if self.world > 1:  # all processes stop after the same step
-            dist.all_reduce(caught, dist.ReduceOp.MAX)
-        self.stopped = int(caught)
+            dist.all_reduce(stopped, dist.ReduceOp.MAX)
+        self.stopped = int(stopped)
 
     def _chance(self, name):
         return f" (chance {self.chance[name]:.3f})" if name in self.chance else ""
 
     def end_epoch(self):
         """Note and print the means of an epoch -> whether an evaluation is due."""
-        *sums, good, failed = self.tally.tolist()  # waits until a GPU is done, so before the clock
-        seconds = self.bar.seconds
+        *sums, good, _ = self.sums.tolist()  # waits until a GPU is done, so before the clock
+        seconds = time.perf_counter() - self.epoch_begun
         self.seconds += seconds
+        if self.bar:
+            self.bar.close()
         if self.step % self.per_epoch:
             return False  # cut short by a signal
-        self.tally[:-1] = 0
+        self.sums[:-1] = 0
         means = {k: total / good if good else math.nan for k, total in zip(self.terms, sums)}
+        failed = self.per_epoch - int(good)
         images = (self.per_epoch - self.first) * self.args.batch_size
-        row = {"epoch": self.step // self.per_epoch, **means, **self.rates,
-               "skipped": self.per_epoch - int(good), "waiting": self.bar.waiting / seconds,
-               "images_per_second": images / seconds}
+        row = {"epoch": self.step // self.per_epoch, **means, **self.rates, "skipped": failed,
+               "waiting": self.waiting / seconds, "images_per_second": images / seconds}
         self.rows.append(row)
         figures = ", ".join(f"{k} {v:.3f}{self._chance(k)}" for k, v in means.items())
         left = self.seconds / self.step * (self.steps - self.step)
-        print(f"epoch {row['epoch']}: {figures}, {row['skipped']} steps skipped, "
-              f"{row['images_per_second']:,.0f} images/s, {row['waiting']:.0%} waiting for data, "
-              f"{duration(left)} left")
+        print(f"epoch {row['epoch']}: {figures}, {failed} steps skipped, {images / seconds:,.0f} "
+              f"images/s, {row['waiting']:.0%} waiting for data, "
+              f"{timedelta(seconds=round(left))} left")
         return bool(self.args.eval_every) and row["epoch"] % self.args.eval_every == 0
 
     # -- checkpoint and results
@@ -488,16 +441,15 @@ class Run:
             fail(f"--resume: {path} is not the last.pt of a run")
         for name, value in self._shape().items():
             if saved["args"].get(name) != value:
-                fail(f"--resume: {path} was begun with {name} {saved['args'].get(name)}, "
-                     f"not {value}")
+                fail(f"--resume: the run had {name} {saved['args'].get(name)}, not {value}")
         for name, value in saved["state"].items():
             if isinstance(value, torch.Tensor):
                 state[name].copy_(value)
             elif value:  # the state of a GradScaler that is off is empty
                 state[name].load_state_dict(value)
-        self.step, self.seconds, self.rows, tally = (
-            saved["progress"][k] for k in ("step", "seconds", "rows", "tally"))
-        self.tally = torch.tensor(tally, device=self.device)
+        self.step, self.seconds, self.rows, sums = (
+            saved["progress"][k] for k in ("step", "seconds", "rows", "sums"))
+        self.sums = torch.tensor(sums, device=self.device)
 
     def _shape(self):
         """The options that shape a run, and so have to be the same when it is resumed."""
@@ -513,11 +465,11 @@ class Run:
         due = time.perf_counter() - self.saved > 60
         if due or self.stopped or self.step == self.steps:
             progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows,
-                        "tally": self.tally.tolist()}
+                        "sums": self.sums.tolist()}
             held = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-            options = vars(self.args) | {"processes": self.world}
-            write(self.folder / "last.pt", {"method": self.args.method, "args": options,
-                                            "state": held, "progress": progress})
+            saved = {"method": self.args.method, "state": held, "progress": progress,
+                     "args": vars(self.args) | {"processes": self.world}}
+            write(self.folder / "last.pt", lambda part: torch.save(saved, part))
             self.saved = time.perf_counter()
         if self.stopped:
             print(f"stopped after step {self.step:,} of {self.steps:,}, --resume goes on from here")
@@ -545,23 +497,34 @@ class Run:
         """
         path = self.folder / "backbone.pt"
         weights = {k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}
-        write(path, {"state_dict": weights, "meta": vars(self.args) | {"mean": mean, "std": std}})
+        saved = {"state_dict": weights, "meta": vars(self.args) | {"mean": mean, "std": std}}
+        write(path, lambda part: torch.save(saved, part))
         results = vars(self.args) | results | {
             "device": self.name, "versions": {"torch": torch.__version__},
-            "train_seconds": self.seconds, "peak_memory_mb": peak_memory_mb(self.device),
+            "train_seconds": self.seconds, "total_seconds": time.perf_counter() - self.begun,
             "images_per_second": self.step * self.args.batch_size / max(self.seconds, 1e-9),
-            "total_seconds": time.perf_counter() - self.begun}
+            "peak_memory_mb": torch.cuda.max_memory_allocated() / 2**20}  # 0 without CUDA
         curves(self.folder / "curves.png", self.rows, {
-            "loss": [*self.chance], "validation, %": ["linear_top1", "knn_top1",
-                                                      "head_linear_top1"],
+            "loss": [*self.chance], "validation, %": ["linear_top1", "knn_top1"],
             "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
         write(self.folder / "results.json", to_json(results))
         print(f"{results['total_seconds']:.0f} s in all, {self.seconds:.0f} s of training, "
-              f"{results['images_per_second']:,.0f} images/s, "
-              f"{results['peak_memory_mb']:,.0f} MB peak")
+              f"{results['images_per_second']:,.0f} images/s")
         print(f"\nThe backbone, for (RGB in [0, 1] - {mean}) / {std}:\n\n{loading}\n"
               f"net.load_state_dict(torch.load({str(path)!r}, weights_only=True)['state_dict'])\n")
         return results
+
+
+def claim(folder):
+    """Make a folder for a run -> whether no other run has taken it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        open(folder / "args.json", "x").close()  # fails where the file exists
+    except OSError as error:
+        if (folder / "args.json").exists():
+            return False
+        fail(f"--out {printable(folder)}: no folder can be made there ({error.strerror})")
+    return True
 
 
 class Undo:
@@ -569,12 +532,9 @@ class Undo:
     modules (batch norm's statistics)."""
 
     def __init__(self, *things):
-        self.live = []
-        for thing in things:
-            if isinstance(thing, torch.nn.Module):
-                self.live += [b for b in thing.buffers() if b.is_floating_point()]
-            else:
-                self.live.append(thing)
+        buffers = [b for x in things if isinstance(x, torch.nn.Module) for b in x.buffers()]
+        self.live = [b for b in buffers if b.is_floating_point()]
+        self.live += [x for x in things if isinstance(x, torch.Tensor)]
         self.good = [t.clone() for t in self.live]  # as the last step that did not fail left them
 
     def __call__(self, unless):
@@ -583,58 +543,11 @@ class Undo:
             live.copy_(good)
 
 
-class Bar:
-    """Iterate over items, with a bar on a terminal; counts `seconds` and those spent `waiting`."""
-
-    def __init__(self, items, total, first, title):
-        self.items, self.waiting, self.start = items, 0.0, time.perf_counter()
-        hidden = not sys.stderr.isatty() or not main_process()
-        self.bar = tqdm and tqdm(total=total, initial=first, desc=title, unit="step", leave=False,
-                                 disable=hidden)
-
-    def __iter__(self):
-        tick = time.perf_counter()
-        try:
-            for item in self.items:
-                self.waiting += time.perf_counter() - tick
-                yield item
-                if self.bar:
-                    self.bar.update()
-                tick = time.perf_counter()
-        finally:
-            if self.bar:
-                self.bar.close()
-
-    def say(self, text):
-        if self.bar:
-            self.bar.set_postfix_str(text, refresh=False)
-
-    @property
-    def seconds(self):
-        return time.perf_counter() - self.start
-
-
 def cores():
     """Processors this process may use, its share of them under torchrun."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count()
+    known = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if known else os.cpu_count()
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def duration(seconds):
-    """90 -> '1:30', 4000 -> '1:06:40'."""
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
-
-
-def peak_memory_mb(device):
-    """Peak of CUDA's allocator, elsewhere of the whole process, in MB (nan on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
-    return usage / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # ==================================================================================================
@@ -668,17 +581,16 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     Understood: last.pt of the same method, of which the network `kept` is taken; backbone.pt;
     torchvision's, timm's and released weights, with `branch` or a usual name above the tensors.
     renames: (pattern, replacement) for names of the file; adapt: changes the dict of tensors last.
-    Heads that are not in the file stay random.
+    Heads that a file of weights alone does not have stay random.
     """
     path = args.init or args.eval
     if not path:
         return
     weights = read_checkpoint(path)
-    if {"method", "state"} <= weights.keys():
-        if weights["method"] != args.method:
-            fail(f"{path} is a run of {weights['method']}, not of {args.method}; give its "
-                 "backbone.pt")
-        weights = weights["state"].get(kept, {})
+    is_run = {"method", "state"} <= weights.keys()
+    if is_run and weights["method"] != args.method:
+        fail(f"{path} is a run of {weights['method']}: give its backbone.pt")
+    weights = weights["state"].get(kept, {}) if is_run else weights
     for key in (branch, "state_dict", "model"):
         if isinstance(weights.get(key), dict):
             weights = weights[key]
@@ -689,31 +601,27 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     classifier = ("backbone.fc.", "backbone.head.")
     weights = {k: v for k, v in weights.items() if k in own or not k.startswith(classifier)}
     heads = [k for k in own if not k.startswith("backbone.")]
-    if any(k not in weights or weights[k].shape != own[k].shape for k in heads):
+    if not is_run and any(k not in weights or weights[k].shape != own[k].shape for k in heads):
         print("the head stays random: z means nothing before training")
         weights = {k: v for k, v in weights.items() if k.startswith("backbone.")}
-    else:
-        heads = []
+        own = {k: v for k, v in own.items() if k.startswith("backbone.")}
     if adapt:
         weights = adapt(weights, net)
     fits = [k for k, v in weights.items() if k in own and v.shape == own[k].shape]
     extra = [k for k in weights if k not in fits]
-    missing = [k for k in own if k not in weights and k not in heads]
-    missing = [k for k in missing if not k.endswith("num_batches_tracked")]  # not in old files
+    missing = [k for k in own if k not in weights and "num_batches" not in k]  # not in old files
     print(f"{path}: {len(fits)} of {len(weights)} tensors loaded")
     if extra or missing:
-        fail(f"{path} holds another network (not in it: {shortened(missing)}; not of its shape or "
-             f"not known: {shortened(extra)}); give the options it was trained with")
+        fail(f"{path} holds another network: not in it {shortened(missing)}, unknown or of another "
+             f"shape {shortened(extra)}; give the options it was trained with")
     net.load_state_dict(weights, strict=False)
 
 
 def rename(name, renames):
-    """Without the prefixes of wrappers, and with the first of renames that fits."""
+    """Without the prefixes of wrappers, and changed by renames, in their order."""
     name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
     for pattern, replacement in renames:
-        name, count = re.subn(pattern, replacement, name)
-        if count:
-            break
+        name = re.sub(pattern, replacement, name)
     return name
 
 
@@ -777,24 +685,19 @@ def health(h, z1, z2, *_, name="z", least=0.1):
     singular values (RankMe, Garrido et al. 2023). name: what z is called in the verdict.
     """
     n, D = z1.shape
-    figures = dict.fromkeys(["spread", "alignment", "uniformity", "rank_h", "rank_z"], math.nan)
-    if n < 4:
-        return figures | {"verdict": f"too few images to say: {n}"}
-    if not all(torch.isfinite(t).all() for t in (h, z1, z2)):
-        return figures | {"verdict": "features are not finite"}
+    if n < 4 or not all(torch.isfinite(t).all() for t in (h, z1, z2)):
+        return {"verdict": f"{n} images, too few to say" if n < 4 else "features are not finite"}
     z1, z2 = F.normalize(z1), F.normalize(z2)
     figures = {"spread": z1.std(0).mean().item() * D**0.5,
                "alignment": (z1 - z2).square().sum(1).mean().item(),
                "uniformity": (-2 * torch.pdist(z1.cpu()).square()).exp().mean().log().item(),
                "rank_h": effective_rank(h), "rank_z": effective_rank(z1)}
     spread, rank = figures["spread"], figures["rank_z"]
-    word = "healthy"
+    word = "dimensional collapse" if rank < 0.05 * min(n, D) else "healthy"
     if spread < least:
         word = "collapsed to a point"
-    elif rank < 0.05 * min(n, D):
-        word = "dimensional collapse"
-    verdict = f"{word}: {name} has spread {spread:.2f} of 1, rank {rank:.0f} of {D}"
-    return figures | {"verdict": verdict}
+    figures["verdict"] = f"{word}: {name} has spread {spread:.2f} of 1, rank {rank:.0f} of {D}"
+    return figures
 
 
 def effective_rank(x):
@@ -827,8 +730,8 @@ def curves(path, rows, panels):
     figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
     for ax, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for key in keys:
-            points = [(row["epoch"], row[key]) for row in rows if key in row]
-            ax.plot(*zip(*points) if points else ((), ()), ".-", label=key.replace("_", " "))
+            has = [row for row in rows if key in row]
+            ax.plot([row["epoch"] for row in has], [row[key] for row in has], ".-", label=key)
         ax.set(title=title, xlabel="epoch")
         ax.legend(fontsize=8)
     write(path, lambda part: figure.savefig(part, format="png"))
@@ -837,11 +740,9 @@ def curves(path, rows, panels):
 def picture(path, columns, size=96):
     """A PNG with a row per image: columns is a list of (N, 3, H, W) in [0, 1]."""
     size = max(size, *(c.shape[-1] for c in columns))
-    tiles = [F.interpolate(c.float().cpu(), size=(size, size)) for c in columns]
-    tiles = torch.stack([F.pad(t, (0, 4, 0, 4), value=1.0) for t in tiles], 1)
-    rows = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (N*H, columns*W, 3)
-    image = Image.fromarray((rows.clamp(0, 1) * 255).round().byte().numpy())
-    write(path, lambda part: image.save(part, format="png"))
+    tiles = torch.stack([F.interpolate(c.float().cpu(), (size, size)) for c in columns], 1)
+    write(path, lambda part: save_image(tiles.flatten(0, 1), part, nrow=len(columns), padding=4,
+                                        pad_value=1.0, format="png"))
 
 
 # ==================================================================================================
@@ -974,10 +875,10 @@ def blur(x, sigma, taps, p):
 
 
 # ==================================================================================================
-# What comes in: the built-in set
+# Images in: the built-in set
 # ==================================================================================================
 
-TRAIN_SHAPES, TEST_SHAPES = 4000, 2000
+BUILT_IN, TRAIN, TEST = "shapes", 4000, 2000
 
 
 def _star(x, y):
@@ -1047,223 +948,311 @@ def shapes(n, size, seed):
 
 
 # ==================================================================================================
-# What comes in: a set, found by name or folder
+# Images in: files
 # ==================================================================================================
 
-SETS = {  # torchvision's class, what names its training and its test split, shorter side in pixels
-    "cifar10": ("CIFAR10", {"train": True}, {"train": False}, 32),
-    "cifar100": ("CIFAR100", {"train": True}, {"train": False}, 32),
-    "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}, 28),
-    "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "test"}, 96),
-    "imagenette": ("Imagenette", {"split": "train", "size": "160px"}, 160),
-}
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
-@dataclass
-class Images:
-    """N images: labels (N,) int64, -1 unknown, and either files or, on the device, pixels
-    (N, 3, H, W) uint8, padded at the right and bottom, with sizes (N, 2) height, width."""
+def find_images(folder):
+    """All image files below a folder, sorted, and how many other files there are.
 
-    labels: torch.Tensor
-    pixels: torch.Tensor = None
-    sizes: torch.Tensor = None
-    files: list = None
-    unreadable: set = field(default_factory=set)
-
-
-class Data:
-    """A set by name (`shapes`, a key of SETS) or folder. A folder is PATH/train/<class>/* with
-    PATH/{val,validation} and PATH/test in the same form, or any tree of images, without labels.
-
-    parts: train, val, test -> (items, labels), items being files, uint8 arrays (N, H, W[, 3]) or,
-    for shapes, a number. Where there is no validation split it is a fixed tenth of the labelled
-    training images. limit: the first so many training images of a fixed shuffle, and at most as
-    many test images. side: the shorter side of its images in pixels, None for any.
+    Links are followed. Names that begin with a dot and folders that hold a run are left out.
     """
-
-    def __init__(self, name, root="data", limit=None):
-        self.side, self.parts = None, {}
-        if name == "shapes":
-            counts = {"train": TRAIN_SHAPES, "test": TEST_SHAPES}
-            self.parts = {k: (min(n, limit or n), None) for k, n in counts.items()}
-            return
-        if name in SETS:
-            self._torchvision(name, Path(root))
-        elif Path(name).is_dir():
-            self._folder(Path(name))
-        else:
-            fail(f"--dataset {name} is neither a folder nor one of shapes, {', '.join(SETS)}")
-        for split, (items, labels) in self.parts.items() if limit else ():
-            keep = self._shuffle(len(items))[:limit]
-            self.parts[split] = [items[i] for i in keep], labels[keep]
-
-    def __len__(self):
-        items, _ = self.parts["train"]
-        return items if isinstance(items, int) else len(items)
-
-    def _shuffle(self, n):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(0))
-
-    def _torchvision(self, name, root):
-        kind, *splits, self.side = SETS[name]
-        if not main_process():
-            dist.barrier()  # until the first process has downloaded it
-        try:
-            sets = [getattr(datasets, kind)(root, download=True, **split) for split in splits]
-        except Exception as error:
-            fail(f"{name} is not in {root}/ and cannot be downloaded ({error}); fetch it where "
-                 f"there is a network and copy {root}/, or give --dataset a folder of images")
-        if main_process() and dist.is_initialized():
-            dist.barrier()
-        if name == "imagenette":
-            return self._folder(root / "imagenette2-160")
-        for split, (images, labels) in zip(("train", "test"), (zip(*s) for s in sets)):
-            self.parts[split] = [np.array(image) for image in images], torch.tensor(labels)
-
-    def _folder(self, root):
-        def images(folder):
-            return sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
-
-        top = root / "train" if (root / "train").is_dir() else root
-        classes = sorted(d.name for d in top.iterdir() if d.is_dir()) if top != root else []
-        for split, names in (("train", "train"), ("val", "val validation"), ("test", "test")):
-            folder = next((root / n for n in names.split() if (root / n).is_dir()), None)
-            if classes and folder:
-                found = [(f, c) for c, name in enumerate(classes) for f in images(folder / name)]
-                self.parts[split] = [f for f, _ in found], torch.tensor([c for _, c in found])
-        if not classes:  # one tree, no labels
-            files = images(top)
-            self.parts["train"] = files, torch.full((len(files),), -1)
-        files, labels = self.parts["train"]
-        if not files:
-            fail(f"no images in {top}, as <class>/* or below it; formats: {' '.join(SUFFIXES)}")
-        if classes and "test" not in self.parts and "val" in self.parts:
-            self.parts["test"] = self.parts.pop("val")  # ImageNet: its validation split is the test
-        elif classes and "test" not in self.parts:
-            order, cut = self._shuffle(len(files)), math.ceil(len(files) / 10)
-            for split, index in (("test", order[:cut]), ("train", order[cut:])):
-                self.parts[split] = [files[i] for i in index], labels[index]
-            print(f"{root} has no test folder: a tenth of the training images is held out as test")
-        for split in [k for k, (files, _) in self.parts.items() if not files]:
-            fail(f"no images of the training classes in the {split} part of {root}")
-        self.side = int(np.median(_sizes(self.parts["train"][0]).min(1)))
-
-    def read(self, *how):
-        """Read the training images as `train`; `fit` and `val` are (images, index) for probes."""
-        self.how, self.train = how, self.load("train", *how)
-        known = (self.train.labels >= 0).nonzero().squeeze(1)
-        pool = known if len(known) else torch.arange(len(self.train.labels))
-        pool, tenth = pool[self._shuffle(len(pool))], math.ceil(len(pool) / 10)
-        self.val, self.fit = (self.train, pool[:tenth]), (self.train, pool[tenth:])
-        if "val" in self.parts:
-            images = self.load("val", *how)
-            self.val, self.fit = (images, torch.arange(len(images.labels))), (self.train, known)
-
-    def epoch(self, number, first, batch_size, crops, run, seed):
-        """Batches of a shuffled pass over the training images from batch `first` on; with several
-        processes each has its part of every batch. run: device, rank, world."""
-        steps, mix = len(self.train.labels) // batch_size, torch.Generator()
-        mix.manual_seed(seed * 2**20 + number)
-        order = torch.randperm(len(self.train.labels), generator=mix)
-        order = order[: steps * batch_size].view(steps, run.world, -1)[first:, run.rank]
-        return batches(self.train, order.flatten(), order.shape[1], crops, run.device, self.how[-1],
-                       (seed, number, run.rank), first)
-
-    @property
-    def labelled(self):
-        return bool((self.train.labels >= 0).any())
-
-    @functools.cached_property
-    def test(self):
-        """(images, index) of the test split, read when first asked for."""
-        images = self.load("test", *self.how)
-        return images, torch.arange(len(images.labels))
-
-    def splits(self, test):
-        """(images, index) of fit and val, or of fit, val and test."""
-        return [self.fit, self.val, self.test] if test else [self.fit, self.val]
-
-    def load(self, split, size, device, memory_gb, workers):
-        """The Images of a split: on the device if they take at most memory_gb, else as files.
-
-        In memory an image is kept with a longer side of at most four times `size`.
-        """
-        items, labels = self.parts[split]
-        if isinstance(items, int):
-            made, labels, _, _ = shapes(items, size, seed=["train", "test"].index(split))
-            items = made.permute(0, 2, 3, 1).numpy()
-        elif isinstance(items[0], str):
-            H, W = np.minimum(_sizes(items), 4 * size).max(0)
-            need = len(items) * 3 * H * W / 2**30
-            if all(_read(f, size) is None for f in items):  # as a rule the first can be read
-                fail(f"none of the {len(items)} image files of the {split} split can be read")
-            if need > memory_gb:
-                print(f"{split}: {len(items):,} images take {need:.2g} GB decoded, over "
-                      f"--memory-limit {memory_gb:g}: streamed by {workers} worker processes")
-                return Images(labels, files=list(items))
-            with ProcessPoolExecutor(max(workers, 1)) as pool:
-                read = list(pool.map(_read, items, [4 * size] * len(items), chunksize=64))
-            warn_unreadable([f for f, image in zip(items, read) if image is None])
-            good = [i for i, image in enumerate(read) if image is not None]
-            items, labels = [read[i] for i in good], labels[good]
-        sizes = torch.tensor([image.shape[:2] for image in items])
-        pixels = torch.zeros(len(items), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
-        for p, image in zip(pixels, items):
-            image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)  # grey: one channel
-            p[:, : image.shape[1], : image.shape[2]] = image
-        return Images(labels, pixels.to(device), sizes.to(device))
-
-
-def warn_unreadable(files):
-    if files:
-        shown = ", ".join(files[:5]) + ", ..." * (len(files) > 5)
-        print(f"unreadable and skipped: {len(files)} image file(s): {shown}")
-
-
-# ==================================================================================================
-# What comes in: files
-# ==================================================================================================
+    found, others, entered = [], 0, set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in entered or {"args.json", "metrics.jsonl"} <= {*files}:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = [f for f in folders if f[0] != "."]
+        files = [f for f in files if f[0] != "."]
+        images = [f for f in files if Path(f).suffix.lower() in SUFFIXES]
+        found += [os.path.join(path, f) for f in images]
+        others += len(files) - len(images)
+    return sorted(found), others
 
 
 def rgb(image):
-    """A Pillow image of any kind -> 8-bit RGB, upright, transparent pixels on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 or 32 bits, which Pillow would clip
-        scale = 255 / 65535 if image.mode[0] == "I" else 255
-        a = np.asarray(image, dtype=np.float32) * scale
-        image = Image.fromarray(np.uint8(a.clip(0, 255)))
+    """A Pillow image of any kind -> 8-bit RGB, transparent pixels on white.
+
+    Deeper images are scaled by the range they use: 1, or 8, 10, 12, 14 or 16 bits.
+    """
+    if image.mode[0] in "IF":  # which Pillow would clip
+        a = np.asarray(image, dtype=np.float32)
+        top = next((t for t in (1, 255, 1023, 4095, 16383) if a.max() <= t), 65535)
+        image = Image.fromarray(np.uint8((a * (255 / top)).clip(0, 255)))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _read(file, most):
-    """(H, W, 3) uint8 with a longer side of at most `most`, None where it cannot be read."""
+def read_image(file, shorter):
+    """(H, W, 3) uint8 with a shorter side of at most so many pixels, or the reason why not.
+
+    Of an image that is more than twice as long as wide, the middle is kept.
+    """
     try:
         image = Image.open(file)
-        image.draft("RGB", (most, most))
-        image = rgb(image)
-        image.thumbnail((most, most), Image.BILINEAR)
-        return np.asarray(image)
-    except Exception:  # a broken file raises whatever its decoder likes
-        return None
-
-
-def _sizes(files, most=256):
-    """(n, 2) height, width from the headers of about `most` files spread over the list."""
-    found = []
-    for file in files[:: math.ceil(len(files) / most)]:
+        image.draft("RGB", (shorter, shorter))  # JPEG: decodes at 1/2, 1/4 or 1/8
         try:
-            found.append(Image.open(file).size[::-1])
-        except Exception:
-            continue
-    return np.array(found or [(64, 64)])
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # metadata that cannot be read are no reason to go without the pixels
+            pass
+        w, h = image.size
+        x, y = max(0, w - 2 * h) // 2, max(0, h - 2 * w) // 2
+        image = rgb(image.crop((x, y, w - x, h - y)))
+        factor = shorter / min(image.size)
+        if factor < 1:
+            image = image.resize([round(factor * s) for s in image.size], Image.BILINEAR)
+        return np.array(image)
+    except Exception as error:  # a broken file raises whatever its decoder likes
+        return str(error) or type(error).__name__
+
+
+def read_all(files, shorter, memory_gb, workers):
+    """read_image of all files, or None once they take more, padded to one size, than that."""
+    images, largest = [], np.zeros(2)
+    pool = ThreadPoolExecutor(max(workers, 1))
+    for image in pool.map(read_image, files, [shorter] * len(files)):
+        images.append(image)
+        if not isinstance(image, str):
+            largest = np.maximum(largest, image.shape[:2])
+        if len(images) * 3 * largest.prod() > memory_gb * 2**30:
+            images = None
+            break
+    pool.shutdown(cancel_futures=True)
+    return images
+
+
+def report_broken(reasons):
+    """Name the files that cannot be read; reasons: file -> why."""
+    if reasons:
+        names = shortened([printable(file) for file in reasons])
+        why = next(iter(reasons.values()))
+        print(f"left out, as they cannot be read: {len(reasons)} image file(s) ({names}): {why}")
+
+
+def printable(name):
+    """name as any terminal can print it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return str(name).encode(encoding, "backslashreplace").decode(encoding)
 
 
 # ==================================================================================================
-# What comes in: batches of crops
+# Images in: a set, found by name or folder
+# ==================================================================================================
+
+SETS = {  # torchvision's class, arguments for its training and its test split, side in pixels
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}, 32),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}, 32),
+    "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}, 28),
+    "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "test"}, 96),
+    "imagenette": ("Imagenette", {"size": "160px"}, {"size": "160px", "split": "val"}, 160),
+}
+SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}  # of a folder
+
+
+@dataclass
+class Images:
+    """N images: labels (N,) int64, -1 unknown, and either files, to be read with a shorter side of
+    at most `shorter`, or on the device pixels (N, 3, H, W) uint8, padded at the right and bottom,
+    with sizes (N, 2) height, width."""
+
+    labels: torch.Tensor
+    pixels: torch.Tensor = None
+    sizes: torch.Tensor = None
+    files: list = None
+    shorter: int = None
+
+    def read(self, i):
+        """i and the pixels of file i. A broken file leaves the set, another is drawn for it."""
+        draw = random.Random(i)
+        while any(self.files):
+            if self.files[i]:
+                image = read_image(self.files[i], self.shorter)
+                if not isinstance(image, str):
+                    return i, image
+                report_broken({self.files[i]: image})
+                self.files[i] = None
+            i = draw.randrange(len(self.files))
+        fail(f"none of the {len(self.files)} image files can be read")
+
+
+class Data:
+    """A set by name (the built-in one, a key of SETS) or folder: PATH/train/<class>/* with
+    PATH/{val,validation} and PATH/test in the same form, or any tree of images, without labels.
+
+    train: its training images; fit, val, test: (images, index) for the probes. Where there is no
+    validation split it is a tenth of the labelled training images, of every class, and where there
+    is no test split either another tenth. limit: the first so many training images of a fixed
+    shuffle, and at most as many test images. side: the shorter side of its images in pixels.
+    """
+
+    def __init__(self, name, root="data", limit=None):
+        self.side, self.parts, self.limit = None, {}, limit
+        if name == BUILT_IN:
+            self.parts = {"train": (range(min(TRAIN, limit or TRAIN)), None),
+                          "test": (range(min(TEST, limit or TEST)), None)}
+        elif name in SETS:
+            self._find_in_torchvision(name, Path(root))
+        elif name and Path(name).is_dir():
+            self._find_in_folder(Path(name))
+        else:
+            names = ", ".join([BUILT_IN, *SETS])
+            fail(f"--dataset {printable(name)!r} is neither a folder nor one of {names}")
+
+    def _find_in_torchvision(self, name, root):
+        kind, train, test, self.side = SETS[name]
+        if not main_process():
+            dist.barrier()  # until the first process has downloaded it
+        try:
+            load = functools.partial(getattr(datasets, kind), root, download=True)
+            sets = {"train": load(**train), "test": load(**test)}
+        except Exception as error:
+            fail(f"{name} is not in {root}/ and cannot be downloaded ({error}): copy {root}/ from "
+                 "where there is a network, or give --dataset a folder of images")
+        if main_process() and dist.is_initialized():
+            dist.barrier()
+        for split, items in sets.items():
+            images, labels = zip(*items)
+            self._add(split, [np.array(image) for image in images], torch.tensor(labels))
+
+    def _find_in_folder(self, root):
+        below = {f.name.lower(): f for f in root.iterdir() if f.is_dir()}
+        top, classes = below.get("train", root), []
+        if "train" in below:
+            classes = sorted(f.name for f in top.iterdir() if f.is_dir() and f.name[0] != ".")
+        for name, split in SPLITS.items():
+            if classes and name in below:
+                self._add(split, *labelled_images(below[name], classes))
+        files, others = find_images(top)
+        if not files:
+            fail(f"no images of a format that Pillow reads in {printable(top)}")
+        if not classes:
+            self._add("train", files, torch.full((len(files),), -1))
+        if classes and "test" not in self.parts:  # ImageNet's validation split is the test
+            self.parts["test"] = self.parts.pop("val", None) or self._split_off_test()
+        kind = f"{len(classes)} classes" if classes else "no train/<class>/*, so no labels"
+        counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
+        print(f"{printable(root)}: {kind}; images: {counts}; {others} other files ignored")
+        if len(classes) == 1:
+            print("warning: all images have one class, so every accuracy is 100 %")
+        sample = [read_image(f, 1024) for f in files[:: len(files) // 64 + 1]]
+        sides = [min(image.shape[:2]) for image in sample if not isinstance(image, str)]
+        self.side = int(np.median(sides or [64]))
+
+    def _split_off_test(self):
+        print("no test folder: a tenth of the training images of every class is held out")
+        files, labels = self.parts["train"]
+        kept, tenth = hold_out(labels)
+        self.parts["train"] = [files[i] for i in kept], labels[kept]
+        return [files[i] for i in tenth], labels[tenth]
+
+    def _add(self, split, items, labels):
+        keep = shuffle(len(items))[: self.limit] if self.limit else range(len(items))
+        self.parts[split] = [items[i] for i in keep], labels[keep]
+
+    def read(self, size, device, memory_gb, workers):
+        """Read the training images, and say which of them the probes are fitted and chosen on."""
+        self.how = (size, device, memory_gb, workers)
+        self.train = self.load("train")
+        known = (self.train.labels >= 0).nonzero().squeeze(1)
+        self.labelled = len(known) > 0
+        if "val" in self.parts:
+            images = self.load("val")
+            self.val, self.fit = (images, torch.arange(len(images.labels))), (self.train, known)
+        else:
+            index = known if self.labelled else torch.arange(len(self.train.labels))
+            kept, tenth = hold_out(self.train.labels[index])
+            self.val, self.fit = (self.train, index[tenth]), (self.train, index[kept])
+
+    @functools.cached_property
+    def test(self):
+        images = self.load("test")  # when first asked for
+        return images, torch.arange(len(images.labels))
+
+    def splits(self, test):
+        """(images, index) of fit and val, or of fit, val and test."""
+        return [self.fit, self.val, self.test] if test else [self.fit, self.val]
+
+    def load(self, split):
+        """The Images of a split: in memory, on the device, or as files where that would take more
+        than memory_gb."""
+        items, labels = self.parts[split]
+        size, device, memory_gb, workers = self.how
+        if isinstance(items, range):
+            made, labels, _, _ = shapes(len(items), size, seed=["train", "test"].index(split))
+            items = made.permute(0, 2, 3, 1).numpy()
+        elif isinstance(items[0], str):
+            files, items = items, read_all(items, 3 * size, memory_gb, workers)
+            if not items:
+                print(f"{split}: {len(files):,} images take over --memory-limit {memory_gb:g} GB: "
+                      f"streamed by {workers} threads")
+                return Images(labels, files=[*files], shorter=3 * size)
+            report_broken({f: x for f, x in zip(files, items) if isinstance(x, str)})
+            good = [i for i, x in enumerate(items) if not isinstance(x, str)]
+            items, labels = [items[i] for i in good], labels[good]
+            if not good:
+                fail(f"none of the {len(files)} {split} images can be read")
+        sizes = torch.tensor([image.shape[:2] for image in items])
+        return Images(labels, pad(items, sizes).to(device), sizes.to(device))
+
+    def epoch(self, number, first, batch_size, crops, run, seed):
+        """Batches of a shuffled pass over the training images from batch `first` on; with several
+        processes each has its part of every batch. run: device, rank, world."""
+        steps = len(self.train.labels) // batch_size
+        mix = torch.Generator().manual_seed(seed * 2**20 + number)
+        order = torch.randperm(len(self.train.labels), generator=mix)
+        order = order[: steps * batch_size].view(steps, run.world, -1)[first:, run.rank]
+        return batches(self.train, order.flatten(), order.shape[1], crops, run.device, self.how[-1],
+                       (seed, number, run.rank), first)
+
+
+def labelled_images(folder, classes):
+    """Files and labels (n,) of folder/<class>/*."""
+    files, labels = [], []
+    unknown = [f for f in folder.iterdir() if f.is_dir() and f.name not in classes]
+    unknown = [printable(f.name) for f in unknown if f.name[0] != "." and find_images(f)[0]]
+    if unknown:
+        fail(f"{printable(folder)} has classes that train has not: {shortened(unknown)}")
+    for c, name in enumerate(classes):
+        found, _ = find_images(folder / name)
+        files += found
+        labels += [c] * len(found)
+    return files, torch.tensor(labels)
+
+
+def shuffle(n):
+    """The same order of n items every time."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+def hold_out(labels):
+    """Index of nine tenths and of one tenth of every class, which loses one image at least if it
+    has two."""
+    kept, tenth, order = [], [], shuffle(len(labels))
+    for c in labels.unique():
+        i = order[labels[order] == c]
+        n = 0 if len(i) < 2 else math.ceil(len(i) / 10)
+        kept.append(i[n:])
+        tenth.append(i[:n])
+    return torch.cat(kept), torch.cat(tenth)
+
+
+def pad(images, sizes):
+    """List of arrays (H, W[, 3]) uint8 -> (N, 3, H, W) of the largest of sizes (N, 2)."""
+    pixels = torch.zeros(len(images), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    for place, image in zip(pixels, images):
+        image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
+        place[:, : image.shape[1], : image.shape[2]] = image  # grey: one channel for three
+    return pixels
+
+
+# ==================================================================================================
+# Images in: batches of crops
 # ==================================================================================================
 
 
@@ -1297,71 +1286,36 @@ def batches(images, order, size, crops, device, workers=0, seed=None, first=0):
     i and all that is drawn while it is in use depend on (*seed, first + i) alone.
     """
     chunks = order.split(size)
-    stream = _stream(images, chunks, crops, device, workers, seed) if images.files else None
-    places = order.to(device).split(size)  # once: copying to a GPU makes it wait
-    for i, (index, at) in enumerate(zip(chunks, places)):
-        if stream:
-            views, index = next(stream)
-            views = [v.to(device, non_blocking=True).movedim(3, 1).float() / 255 for v in views]
+    if images.files:
+        items = stream(images, chunks, workers)
+    else:
+        on_device = order.to(device).split(size)  # at once: copying to a GPU makes it wait
+        items = ((images.pixels[i], images.sizes[i], j) for i, j in zip(on_device, chunks))
+    for i, (x, sizes, index) in enumerate(items):
+        if images.files and device.type == "cuda":
+            x, sizes = x.pin_memory(), sizes.pin_memory()
+        x = x.to(device, non_blocking=True).float() / 255
+        sizes = sizes.to(device, non_blocking=True)
         if seed is not None:
             reseed(*seed, first + i)
-        if not stream:
-            x, sizes = images.pixels[at].float() / 255, images.sizes[at]
-            views = [crop_resize(x, c.boxes(sizes), c.size) for c in crops for _ in range(c.count)]
+        views = [crop_resize(x, c.boxes(sizes), c.size) for c in crops for _ in range(c.count)]
         yield views, index
 
 
-def _stream(images, chunks, crops, device, workers, seed):
-    loader = torch.utils.data.DataLoader(
-        _Files(images.files, crops, seed), batch_sampler=[c.tolist() for c in chunks],
-        num_workers=workers, collate_fn=_collate, pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_parent)
-    for views, index, bad in loader:
-        bad = set().union(*bad) - images.unreadable
-        warn_unreadable(sorted(bad))
-        images.unreadable |= bad
-        yield views, index
+def stream(images, chunks, workers, ahead=3):
+    """Yield pixels (B, 3, H, W) uint8, sizes (B, 2) and the index of every chunk, read so many
+    chunks ahead by threads: Pillow decodes in parallel."""
+    pool = ThreadPoolExecutor(max(workers, 1))
 
+    def start(chunk):
+        return [pool.submit(images.read, i) for i in chunk.tolist()]
 
-def _collate(items):
-    views, index, bad = zip(*items)
-    return [torch.from_numpy(np.stack(v)) for v in zip(*views)], torch.tensor(index), bad
-
-
-def _leave_signals_to_the_parent(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class _Files(torch.utils.data.Dataset):
-    """i -> crops of file i, uint8 (S, S, 3), i, unreadable files; the next stands in for those."""
-
-    def __init__(self, files, crops, seed):
-        self.files, self.crops, self.seed = files, crops, seed
-
-    def __getitem__(self, i):
-        bad = []
-        while len(bad) < len(self.files):
-            try:
-                return self.views(i), i, bad
-            except Exception:  # a broken file raises whatever its decoder likes
-                bad.append(self.files[i])
-                i = (i + 1) % len(self.files)
-        raise RuntimeError(f"none of the {len(bad)} image files can be read")
-
-    def views(self, i):
-        if self.seed is not None:
-            reseed(*self.seed, i, 1)  # 1: not the draws of batch i
-        image = Image.open(self.files[i])
-        turned = image.getexif().get(0x0112, 1) > 4
-        width, height = image.size[::-1] if turned else image.size
-        sizes = torch.tensor([[height, width]])
-        boxes = [(c.size, *box) for c in self.crops
-                 for box in c.boxes(sizes.expand(c.count, 2)).tolist()]
-        need = max(size / min(h, w) for size, _, _, h, w in boxes)
-        draft = image.draft("RGB", [math.ceil(need * s) for s in image.size])  # JPEG: 1/2, 1/4, 1/8
-        f = max(draft[1][2:]) / max(width, height) if draft else 1.0
-        image = rgb(image)
-        return [np.asarray(image.resize((size, size), Image.BILINEAR,
-                                        (f * x, f * y, f * (x + w), f * (y + h))))
-                for size, y, x, h, w in boxes]
+    reading = [start(chunk) for chunk in chunks[:ahead]]
+    try:
+        for n in range(len(chunks)):
+            index, arrays = zip(*(future.result() for future in reading.pop(0)))
+            reading += [start(chunk) for chunk in chunks[n + ahead : n + ahead + 1]]
+            sizes = torch.tensor([image.shape[:2] for image in arrays])
+            yield pad(arrays, sizes), sizes, torch.tensor(index)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -3,10 +3,9 @@ Oquab, Darcet, Moutakanni, Vo, ..., Joulin, Bojanowski, 2023, https://arxiv.org/
 Slides: "Contrastive Learning: DINOv2: Learning Robust Visual Features without Supervision".
 
 iBOT, made to scale: after a reproduction the table of the slides goes from one to the other in ten
-steps, and each is an option here. The teacher's answers are balanced over the K classes by
-Sinkhorn-Knopp instead of a centre, class tokens are pushed apart (KoLeo), class and patch tokens
-have heads of their own, the network has LayerScale, stochastic depth that saves its work, SwiGLU,
-patches of 14.
+steps, and each is an option here. The teacher's outputs are balanced over the K prototypes by
+Sinkhorn-Knopp instead of a centre, class tokens of a batch are pushed apart (KoLeo), and class and
+patch tokens have heads of their own.
 
     row of the table                  option
     LayerScale, stochastic depth      --layer-scale 1e-5 --drop-path 0.3
@@ -21,201 +20,149 @@ patches of 14.
     untying heads = DINOv2            --no-tied-heads
 
 One step for a batch of N images:
- 1. u, v, ... = augment(x)          2 global views, L smaller local ones     `crops`, `augment`
- 2. masks                           of exactly half of the global views      `stratified_masks`
- 3. s = g_s(mask(u, v), ...)        student: class tokens, hidden patches    `DINOv2.forward`
- 4. t = g_t(u, v)                   teacher, whole global views, same tokens the same
- 5. t -> targets                    rows sum to 1                            `sinkhorn_knopp`
- 6. L = L_DINO + L_iBOT + 0.1 L_KoLeo     `class_loss`, `masked_loss`, `koleo`
- 7. update g_s                      AdamW, clipped by module                 `clipped_by_module`
- 8. g_t = m g_t + (1 - m) g_s       m from --m to 1                          `ema_update`
+    u, v, ... = augment(x)          2 global and L smaller local views      crops, augment
+    u^, v^ = mask(u, v)             exactly half of the global views        stratified_masks
+    h, s, s' = g_s(u^, v^, ...)     student: class tokens, hidden patches   DINOv2.forward
+    t, t' = g_t(u, v)               teacher: whole global views             DINOv2.forward
+    q, q' = targets of t, t'        balanced, rows sum to 1                 sinkhorn_knopp
+    L_DINO                          class tokens, pairs of different views  class_loss
+    L_iBOT                          hidden patches, of the same view        masked_loss
+    L_KoLeo                         of the global views' h                  koleo
+    update g_s                      by L_DINO + L_iBOT + 0.1 L_KoLeo        train
+    g_t = m g_t + (1 - m) g_s       m rises to 1                            ema_update, cosine
 
-Symbols: u, v (N, 3, S, S) views in [0, 1]; masks (2 N, S / P, S / P) bool, true is hidden, M of
-them; h (V N, d) class tokens of V views; z (V N, 256) unit vectors before the last layer; s, t (N,
-K) raw outputs for a view; s', t' (M, K) for hidden patches; m momentum; tau_s, tau_t temperatures.
-net is g_s, net_ema is g_t, which is kept.
+Symbols: u, v (N, 3, S, S) views in [0, 1]; masks (2N, S / P, S / P) bool, true is hidden, M of
+them; h (V N, d) class tokens of V views; z (V N, 256) unit vectors before the last layer; s, t
+(N, K) raw outputs for a view; s', t' (M, K) for hidden patches; q, q' the targets; m momentum;
+tau_s, tau_t temperatures. net is g_s, net_ema is g_t, which is kept.
 
-Where paper and released code differ:
- 1. Blur: the paper's probabilities are DINO's (1, 0.1, 0.5 in u, v, local views); the released code
-    takes 1 - p, and its networks were trained with 0, 0.9, 0.5. So are ours; --blur has the others.
- 2. KoLeo: the paper takes it of class tokens; the released code of each global view by itself,
-    adds the two, and never compares images of two GPUs. So do we.
- 3. Hidden patches: weighted by 1 / their number in the image, and divided by all 2 N global views,
-    half of which have none (released code; the paper has the sum).
- 4. Gradients are cut to length 3 for backbone and heads separately (released code).
+Where this file departs from the paper and the released code:
+  - Blur: the calls in the released code have the probabilities of DINO (1, 0.1, 0.5 in u, v, local
+    views), but it takes 1 - p, and its networks were trained with 0, 0.9, 0.5 (the paper names
+    none). So are ours; --blur has the others.
+  - KoLeo is of both global views, each by itself, as in the released code (paper: of the first).
+    Neither compares images of two GPUs.
+  - A hidden patch weighs 1 / their number in its view, divided by all 2N views, half of which have
+    none, as in the released code (paper: the sum). The masks are stratified over the batch of all
+    GPUs (released code: of each).
+  - Gradients are cut to length 3 for backbone and heads separately, as in the released code.
+  - Schedules go by steps, warm-ups are shares of the run, and the rate ends at 0 (released code:
+    1e-6). All layers have one rate (released code: 0.2 of it for patch_embed, and 0.9 a layer in
+    the recipe of 100 epochs). In short runs m starts lower.
+  - Both heads have a bottleneck of 256 (released ViT-L: 384 for class tokens). Without local views
+    the class term is the mean over two pairs (released code: 2/3 of it). With --centering ema the
+    centre of the patches is that of all GPUs together (released code: a mean of their means).
+  - The last --hires-epochs go on with the schedules, and positions are resampled in every step
+    (paper: schedules of their own; no code is released). Sets in memory hold at most four times
+    --image-size; the built-in one is made at --image-size.
+  - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
+    tenth of the view wide (released code: 9 pixels).
+  - Small images are not blurred. Narrow ViTs start with sines (start_with_sines). The linear probe
+    is fitted by L-BFGS on central crops (paper: SGD, a grid of rates and layers).
+  - The defaults for larger images have optimiser and views of the released recipe of 100 epochs (a
+    ViT-L/16 with one head and a centre), for a ViT-S/14 with Sinkhorn and two heads. The built-in
+    set, on a CPU, has a smaller network, and a colder teacher.
 
-Departures from both:
- 1. Schedules go by steps and end at 0 (1e-6); warm-ups are shares of the run. One learning rate for
-    all layers (released: 0.2 of it for patch_embed, and in the recipe of 100 epochs 0.9 a layer).
-    Both heads have a bottleneck of 256 (released ViT-L: 384 for class tokens).
- 2. Crops are resized bilinearly with antialiasing (bicubic).
- 3. In the last --hires-epochs position embeddings are resampled in every step and keep the grid of
-    --image-size (released code: once, then they have that of 518 pixels). Sets in memory hold at
-    most four times --image-size; the built-in one is made at --image-size.
- 4. RECIPES: small images without blur; narrow ViTs start with sines (`start_with_sines`). The
-    built-in set on a CPU has a smaller network, and a colder teacher.
-
-    python dinov2.py      120 s on 2 CPU cores; top-1 of h: 29.3 +- 0.5 % linear, 33.1 +- 2.6 %
-                          k-NN, 3 seeds (untrained 16.4, 13.6, pixels 29.6, 48.5); README: more
+    python dinov2.py    120 s on 2 CPU cores: 29.3 +- 0.5 % linear, 33.1 +- 2.6 % k-NN (3 seeds);
+                        the untrained network has 16.4 and 13.6 %, raw pixels have 29.6 and 48.5 %
 """
 
-import argparse
-import copy
-import functools
-import json
 import math
-import re
-import time
 from collections import OrderedDict
-from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import common
+from common import FLAG, FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, SWITCH, number, one_of
 
 # ==================================================================================================
 # Options
 # ==================================================================================================
 
-
-def momentum(most):
-    """m for a run on n images: at best a half-life of a twentieth of its steps, at least 0.9."""
-    return lambda args, n: min(most, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
+BACKBONES = {  # width, depth, heads, feed-forward network of the released ones
+    "vit_nano": (128, 3, 4, "mlp"),
+    "vit_tiny": (192, 12, 3, "mlp"),
+    "vit_small": (384, 12, 6, "mlp"),
+    "vit_base": (768, 12, 12, "mlp"),
+    "vit_large": (1024, 24, 16, "mlp"),
+    "vit_giant": (1536, 40, 24, "swiglu"),
+}
+BELOW_1 = number(float, 0, 0.99)
+WEIGHT = number(float, 0)
+PAIR = SHARE | {"nargs": 2}
+SHARES = SHARE | {"nargs": 3}
+NO_BLUR = (0.0, 0.0, 0.0)  # probabilities in u, v and local views
 
 
 def released(args, n):
     """The feed-forward network of the released model of this size."""
-    return VITS[args.arch][3]
+    return BACKBONES[args.arch][3]
 
 
-def local(args, n):
-    """Side of a local view: 96 pixels (DINOv2: 98) where the image has 224, in whole patches."""
+def local_side(args, n):
+    """Side of a local view: 96 pixels where the image has 224, in whole patches."""
     return args.patch_size * max(1, round(args.image_size * 3 / 7 / args.patch_size))
 
 
-RECIPES = {  # by data, an option overrides an entry; lr is for a batch of 1024, grows by its root
-    # the built-in set, on a CPU
-    "shapes": dict(arch="vit_nano", start="sines", patch_size=8, image_size=32, local_size=16,
-                   local_crops=4, global_scale=0.5, local_scale=0.2, blur=[0.0, 0.0, 0.0],
-                   solarize=0.0, drop_path=0.0, layer_scale=1.0, ffn=released, registers=0,
-                   out_dim=128, hidden=512, tau_t=0.01, epochs=10, batch_size=64, koleo=0.02,
-                   lr=4e-3, weight_decay=0.04, weight_decay_end=0.04, m=momentum(0.99),
-                   hires_epochs=0, hires_size=48),
-    # images up to 64 pixels: no blur
-    "small": dict(arch="vit_tiny", start="sines", patch_size=4, image_size=32, local_size=16,
-                  local_crops=6, global_scale=0.4, local_scale=0.1, blur=[0.0, 0.0, 0.0],
-                  solarize=0.2, drop_path=0.1, layer_scale=1e-5, ffn=released, registers=0,
-                  out_dim=4096, hidden=2048, tau_t=0.07, epochs=200, batch_size=512, koleo=0.1,
-                  lr=1e-3, weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.994),
-                  hires_epochs=0, hires_size=48),
-    # larger ones: optimiser and views of the released recipe of 100 epochs (a ViT-L/16, one head, a
-    # centre), for a ViT-S/14 with Sinkhorn and two heads
-    "large": dict(arch="vit_small", start="paper", patch_size=14, image_size=224, local_size=local,
-                  local_crops=8, global_scale=0.32, local_scale=0.05, blur=[0.0, 0.9, 0.5],
-                  solarize=0.2, drop_path=0.3, layer_scale=1e-5, ffn=released, registers=0,
-                  out_dim=65536, hidden=2048, tau_t=0.07, epochs=100, batch_size=256, koleo=0.1,
-                  lr=4e-3, weight_decay=0.04, weight_decay_end=0.4, m=momentum(0.992),
-                  hires_epochs=0, hires_size=518),
+def m_to_994(args, n):
+    """m of a run on n images: a half-life of at most a twentieth of its steps, 0.9 to 0.994."""
+    return min(0.994, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
+
+
+def m_to_992(args, n):
+    """The same, at most 0.992: that of the released recipe of 100 epochs."""
+    return min(0.992, m_to_994(args, n))
+
+
+# Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
+# common.py adds --dataset, --seed, --amp, --resume and so on.
+OPTIONS = {  # fmt: skip
+    # option                   built-in    to 64 px    larger      allowed   meaning
+    "arch":                   ("vit_nano", "vit_tiny", "vit_small", one_of(BACKBONES), "backbone"),
+    "patch_size":             (8,          4,          14,         FROM_1,   "P, pixels"),
+    "ffn":                    (released,   released,   released,   "mlp|swiglu", "feed-forward"),
+    "layer_scale":            (1.0,        1e-5,       1e-5,       POSITIVE, "gamma at the start"),
+    "drop_path":              (0.0,        0.1,        0.3,        BELOW_1,  "share left out"),
+    "registers":              (0,          0,          0,          FROM_0,   "R (Darcet 2023: 4)"),
+    "checkpoint_activations": (False,      False,      False,      FLAG,     "less memory"),
+    "out_dim":                (128,        4096,       65536,      FROM_2,   "K, prototypes"),
+    "hidden":                 (512,        2048,       2048,       FROM_1,   "width of a head"),
+    "tied_heads":             (False,      False,      False,      SWITCH,   "one head for both"),
+    "centering":              ("sinkhorn", "sinkhorn", "sinkhorn", "sinkhorn|ema", "of targets"),
+    "koleo":                  (0.02,       0.1,        0.1,        WEIGHT,   "weight of L_KoLeo"),
+    "tau_s":                  (0.1,        0.1,        0.1,        POSITIVE, "of the student"),
+    "tau_t":                  (0.01,       0.07,       0.07,       POSITIVE, "of the teacher"),
+    "tau_t_warmup":           (0.3,        0.3,        0.3,        SHARE,    "rise from 0.04"),
+    "center_m":               (0.9,        0.9,        0.9,        SHARE,    "of ema's centres"),
+    "mask_ratio":             ((0.1, 0.5), (0.1, 0.5), (0.1, 0.5), PAIR,     "hidden: from, to"),
+    "mask_crops":             (0.5,        0.5,        0.5,        SHARE,    "views with a mask"),
+    "random_masks":           (False,      False,      False,      FLAG,     "patches one by one"),
+    "no_token_loss":          (False,      False,      False,      FLAG,     "no L_iBOT"),
+    "no_class_loss":          (False,      False,      False,      FLAG,     "no L_DINO"),
+    "image_size":             (32,         32,         224,        PIXELS,   "of a global view"),
+    "local_size":             (16,         16,         local_side, PIXELS,   "of a local view"),
+    "local_crops":            (4,          6,          8,          FROM_0,   "L"),
+    "global_scale":           (0.5,        0.4,        0.32,       SHARE,    "least area, global"),
+    "local_scale":            (0.2,        0.1,        0.05,       SHARE,    "least area, local"),
+    "blur":                   (NO_BLUR,    NO_BLUR,    (0.0, 0.9, 0.5), SHARES,   "in u, v, local"),
+    "solarize":               (0.0,        0.2,        0.2,        SHARE,    "in v"),
+    "epochs":                 (10,         200,        100,        FROM_1,   "passes over the set"),
+    "batch_size":             (64,         512,        256,        FROM_2,   "N (paper: 3072)"),
+    "hires_epochs":           (0,          0,          0,          FROM_0,   "with larger views"),
+    "hires_size":             (48,         48,         518,        PIXELS,   "their side"),
+    "lr":                     (4e-3,       1e-3,       4e-3,       POSITIVE, "x sqrt(N / 1024)"),
+    "warmup":                 (0.1,        0.1,        0.1,        SHARE,    "share of steps"),
+    "weight_decay":           (0.04,       0.04,       0.04,       SHARE,    "at the start"),
+    "weight_decay_end":       (0.04,       0.4,        0.4,        SHARE,    "at the end"),
+    "clip":                   (3.0,        3.0,        3.0,        POSITIVE, "norm of a gradient"),
+    "freeze_last_layer":      (1,          1,          1,          FROM_0,   "epochs at the start"),
+    "m":                      (m_to_994,   m_to_994,   m_to_992,   SHARE,    "EMA, rises to 1"),
+    "branch":                 ("teacher",  "teacher",  "teacher",  "teacher|student", "of --init"),
 }
-VITS = {  # width, depth, heads, feed-forward network of the released ones
-    "vit_nano": (128, 3, 4, "mlp"), "vit_tiny": (192, 12, 3, "mlp"),
-    "vit_small": (384, 12, 6, "mlp"), "vit_base": (768, 12, 12, "mlp"),
-    "vit_large": (1024, 24, 16, "mlp"), "vit_giant": (1536, 40, 24, "swiglu")}
-
-
-def options(argv=None):
-    """The command line. What has no default here comes from the row of RECIPES for the data."""
-    whole, share = functools.partial(common.number, int), common.number(float, 0, 1)
-    positive = common.number(float, 1e-9)
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.error = common.fail
-    o = p.add_argument_group("run").add_argument
-    o("--seed", type=whole(0, 2**31), default=0, help="of weights, order and random draws (0)")
-    o("--device", help="cuda, mps or cpu (the first there is)")
-    o("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="autocast (auto)")
-    o("--compile", action="store_true", help="compile network and augmentation")
-    o("--out", help="output folder (runs/dinov2-<dataset>-s<seed>)")
-    o("--resume", action="store_true", help="go on with the interrupted run in --out")
-    o = p.add_argument_group("data").add_argument
-    o("--dataset", default="shapes", help="shapes, a torchvision set or a folder (shapes)")
-    o("--data-dir", default="data", help="where downloaded sets are kept (data)")
-    o("--limit", type=whole(1), help="use only so many training images (all)")
-    o("--image-size", type=whole(8), help="side of a view in pixels")
-    o("--workers", type=whole(0), default=common.cores(), help="readers of files (a core each)")
-    o("--memory-limit", type=common.number(float, 0), default=8, help="GB, more is streamed (8)")
-    o = p.add_argument_group("method").add_argument
-    o("--arch", choices=[*VITS], help="of the backbone (paper: vit_small to vit_giant)")
-    o("--start", choices=["paper", "sines"], help="weights of the ViT before training (paper; "
-      "sines: for narrow ones and short runs)")
-    o("--patch-size", type=whole(1), help="pixels (paper: 14)")
-    o("--ffn", choices=["mlp", "swiglu"], help="feed-forward network (paper: swiglu)")
-    o("--layer-scale", type=positive, help="gamma of residual branches at first (paper: 1e-5)")
-    o("--drop-path", type=common.number(float, 0, 0.99), help="share of images that a branch of "
-      "the student leaves out (released: 0.4 and 0.3)")
-    o("--registers", type=whole(0), help="register tokens (0; Darcet et al. 2023: 4)")
-    o("--checkpoint-activations", action="store_true", help="less memory, a forward pass more")
-    o("--out-dim", type=whole(2), help="K, prototypes (paper: 131072)")
-    o("--hidden", type=whole(1), help="width of the head (paper: 2048)")
-    o("--tied-heads", action=argparse.BooleanOptionalAction, default=False,
-      help="one head for class and patch tokens (paper: no)")
-    o("--centering", choices=["sinkhorn", "ema"], default="sinkhorn", help="(sinkhorn)")
-    o("--koleo", type=common.number(float, 0), help="weight of KoLeo (paper: 0.1)")
-    o("--tau-s", type=positive, default=0.1, help="temperature of the student (0.1)")
-    o("--tau-t", type=positive, help="of the teacher (paper: 0.07)")
-    o("--tau-t-warmup", type=share, default=0.3, help="share of the run in which "
-      "tau_t grows from 0.04 (0.3)")
-    o("--m", type=share, help="momentum of the teacher at first (released: 0.994 and 0.992)")
-    o("--center-m", type=share, default=0.9, help="momentum of the centres, without Sinkhorn (0.9)")
-    o("--mask-ratio", type=share, nargs=2, default=[0.1, 0.5], metavar=("LOW", "HIGH"),
-      help="share of the patches that is hidden (0.1 0.5)")
-    o("--mask-crops", type=share, default=0.5, help="share of global views with a mask (0.5)")
-    o("--random-masks", action="store_true", help="patches one by one, no blocks")
-    o("--no-token-loss", action="store_true", help="no loss of the patches")
-    o("--no-class-loss", action="store_true", help="no loss of the class token")
-    o("--local-crops", type=whole(0), help="L, local views (paper: 8)")
-    o("--local-size", type=whole(8), help="side of a local view in pixels (paper: 98)")
-    o("--global-scale", type=share, help="area of a global crop, from this share to 1, and the "
-      "largest of a local one (paper: 0.32)")
-    o("--local-scale", type=share, help="smallest area of a local crop (paper: 0.05)")
-    o("--blur", type=share, nargs=3, help="probability in u, v, locals (released: 0, 0.9, 0.5)")
-    o("--solarize", type=share, help="probability in v (paper: 0.2)")
-    o = p.add_argument_group("optimiser").add_argument
-    o("--epochs", type=whole(1), help="passes over the images (paper: 625,000 steps)")
-    o("--batch-size", type=whole(2), help="N, images in a step of all processes (paper: 3072)")
-    o("--hires-epochs", type=whole(0), help="the last ones, with larger views (paper: 10000 steps)")
-    o("--hires-size", type=whole(8), help="side of global views there (paper: 518)")
-    o("--lr", type=positive, help="peak for a batch of 1024, others by the root of the ratio "
-      "(released: 2e-4; 4e-3 for 100 epochs)")
-    o("--weight-decay", type=share, help="at first (paper: 0.04)")
-    o("--weight-decay-end", type=share, help="at last, by half a cosine (released: 0.2 and 0.4)")
-    o("--warmup", type=share, default=0.1, help="share of the run (0.1; released: 0.16 and 0.1)")
-    o("--clip", type=positive, default=3.0, help="longest gradient of a module (3)")
-    o("--freeze-last-layer", type=whole(0), default=1, help="epochs at first (1)")
-    o = p.add_argument_group("evaluation").add_argument
-    o("--eval-every", type=whole(0), help="epochs (a quarter of the run; 0: never)")
-    o("--knn-k", type=whole(1), default=20, help="neighbours (20)")
-    o("--knn-tau", type=positive, default=0.07, help="temperature of their votes (0.07)")
-    o("--init", metavar="FILE", help="start from a backbone.pt, last.pt or official file")
-    o("--branch", choices=["teacher", "student"], default="teacher", help="of a full checkpoint")
-    o("--eval", metavar="FILE", help="evaluate such a file, train nothing")
-    return p.parse_args(argv)
-
-
-def complete(args, side, n):
-    """Fill what is left open from RECIPES, for n images with this shorter side, and print it."""
-    row = "shapes" if side is None else "small" if side <= 64 else "large"
-    defaults = RECIPES[row] | {"image_size": min(RECIPES[row]["image_size"], side or math.inf)}
-    defaults["eval_every"] = -(-(args.epochs or defaults["epochs"]) // 4)
-    for k, value in defaults.items():
-        if getattr(args, k) is None:
-            setattr(args, k, value(args, n) if callable(value) else value)
-    print(f"recipe {row}:", *(f"{k}={v:.6g}" if isinstance(v := getattr(args, k), float)
-                              else f"{k}={v}" for k in defaults))
-
 
 # ==================================================================================================
 # Augmentation
@@ -225,283 +172,105 @@ def complete(args, side, n):
 def crops(args, size=None):
     """Multi-crop: two global and L local crops of every image. size: of the global ones."""
     ratio, s = (3 / 4, 4 / 3), args.global_scale
-    local = common.Crop(args.local_size, (args.local_scale, s), ratio, args.local_crops)
-    views = common.Crop(size or args.image_size, (s, 1.0), ratio, 2)
-    return [views, local][: 1 + (args.local_crops > 0)]
+    views = [common.Crop(size or args.image_size, (s, 1.0), ratio, count=2)]
+    if args.local_crops:
+        views.append(common.Crop(args.local_size, (args.local_scale, s), ratio, args.local_crops))
+    return views
 
 
 def augment(views, args):
-    """The rest of it, as BYOL's: views (N, 3, S, S) in [0, 1], two global, then local ones -> same,
-    an own draw for every image."""
-    seen, parts = [], [views[0], views[1], *([torch.cat(views[2:])] if views[2:] else [])]
-    for x, blur, solarize in zip(parts, args.blur, (0.0, args.solarize, 0.0)):
-        x = common.flip(x, p=0.5)
-        x = common.grey(common.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8), p=0.2)
-        if blur:  # as wide as a tenth of the image
-            x = common.blur(x, sigma=(0.1, 2.0), taps=x.shape[-1] // 20 * 2 + 1, p=blur)
-        seen += common.solarize(x, p=solarize).split(len(views[0]))
-    return seen
+    """Flip, colour jitter, grey, blur, solarization as in BYOL; every image has its own draws.
 
-
-def block_masks(height, width, ratios, draws, least=None):
-    """Which of height x width patches are hidden, of n images at most the shares ratios (n,):
-    (n, height, width) bool.
-
-    Rectangles of `least` patches or more, of log-uniform aspect, until ten in a row do not fit into
-    what is still to be hidden (iBOT, "Implementation Details"; BEiT, Algorithm 1), all images at
-    once. least: a third of the shorter side, squared. draws: (n, 256 or more) uniform in [0, 1),
-    four for a rectangle; no mask of 20,000 took more than 48 rectangles. Test: test_block_mask.
+    views: list of (N, 3, S, S) in [0, 1], two global ones, then the local ones -> the same.
     """
-    room = ratios.double() * height * width
-    masks, failed = torch.zeros(len(room), height, width, dtype=torch.bool), torch.zeros(len(room))
-    least = (min(height, width) // 3) ** 2 if least is None else least
-    i, j = torch.arange(height).view(-1, 1), torch.arange(width)
-    for four in draws[:, :256].unflatten(1, (-1, 4)).unbind(1):
-        on = ((room >= 1) & (failed < 10)).nonzero().squeeze(1)  # images that are not finished
-        if not len(on):
-            break
-        (a, b, c, d), left, hidden = four[on].double().T, room[on], masks[on]
-        area, aspect = least + (left - least) * a, 0.3 ** (1 - 2 * b)
-        h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        y, x = (c * (height - h + 1)).floor(), (d * (width - w + 1)).floor()
-        y, x, h, w = (t.view(-1, 1, 1) for t in (y, x, h, w))
-        block = (y <= i) & (i < y + h) & (x <= j) & (j < x + w) & (h < height) & (w < width)
-        new = (block & ~hidden).sum((1, 2))
-        fits = (0 < new) & (new <= left)
-        masks[on] = hidden | block & fits.view(-1, 1, 1)
-        room[on], failed[on] = left - new * fits, torch.where(fits, 0, failed[on] + 1)
-    return masks
+    x1, x2, *local = views
+    parts = [(x1, args.blur[0], 0.0), (x2, args.blur[1], args.solarize)]
+    if local:
+        parts.append((torch.cat(local), args.blur[2], 0.0))
+    augmented = []
+    for x, blur, solarize in parts:
+        x = common.flip(x, p=0.5)
+        x = common.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8)
+        x = common.grey(x, p=0.2)
+        if blur:
+            taps = x.shape[-1] // 20 * 2 + 1  # odd, a tenth of the view
+            x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=blur)
+        augmented += common.solarize(x, p=solarize).split(len(x1))
+    return augmented
 
 
-def random_masks(height, width, ratios, draws):
-    """The same shares of patches, one by one (iBOT's paper, Table 14: "rand")."""
-    order = draws[:, : height * width].argsort(1)
-    most = (ratios.double() * height * width).floor()
-    return (order < most.view(-1, 1)).view(-1, height, width)
+def block_mask(height, width, ratio, generator, least=None):
+    """Hide rectangles, at most this share of the patches -> (height, width) bool.
+
+    Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
+    aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
+    aspect is uniform). least: a third of the shorter side, squared. Test: test_block_mask.
+    """
+    least = least or (min(height, width) // 3) ** 2
+    mask = np.zeros((height, width), bool)
+    left = ratio * height * width
+    attempts = 0
+    while left >= 1 and attempts < 10:
+        attempts += 1
+        a, b, c, d = torch.rand(4, generator=generator).tolist()
+        area = least + (left - least) * a
+        aspect = 0.3 ** (1 - 2 * b)  # from 0.3 to 1 / 0.3
+        h = round(math.sqrt(area * aspect))
+        w = round(math.sqrt(area / aspect))
+        y = int(c * (height - h + 1))
+        x = int(d * (width - w + 1))
+        block = mask[y : y + h, x : x + w]
+        new = np.sum(~block)
+        if h < height and w < width and 0 < new <= left:
+            block[:] = True
+            left -= new
+            attempts = 0
+    return torch.from_numpy(mask)
+
+
+def random_mask(height, width, ratio, generator):
+    """The same share of the patches one by one ("rand" in the released code)."""
+    order = torch.rand(height * width, generator=generator).argsort()
+    return (order < int(ratio * height * width)).view(height, width)
 
 
 def stratified_masks(step, side, args, run):
-    """Masks for the global views of this process, of the first view of all images, then of the
-    second: (2 n, side, side) bool, the M hidden places in masks.flatten(), and what each of these
-    weighs: 1 / (hidden patches of its view x 2 n). On the CPU.
+    """Masks for the global views of the n images of this process, of the first view of each, then
+    of the second: (2n, side, side) bool, the places (M,) of hidden patches in masks.flatten(), and
+    what each of these weighs: 1 / (hidden patches of its view x 2n). Test: test_masks.
 
-    Of the 2 N views exactly --mask-crops are masked; the i-th of them in a random order at a ratio
-    from the i-th of equal parts of --mask-ratio (released code). Each mask has a generator of its
-    own: however many processes share a batch, an image gets the same. Test: test_masks.
+    Of all 2N views exactly the share --mask-crops has one; the i-th of them, in a random order, at
+    a ratio from the i-th of equal parts of --mask-ratio (released code). Each mask is from a seed
+    of its own: with any number of processes an image has the same masks.
     """
-    own, N = torch.Generator(), args.batch_size
-    own.manual_seed(args.seed * 2**20 + step)  # of which 32 bits count
-    masked, (low, high) = int(2 * N * args.mask_crops), args.mask_ratio
-    ratios = low + (high - low) * (torch.arange(masked) + torch.rand(masked, generator=own)) / max(
-        masked, 1)
-    ratios = F.pad(ratios, (0, 2 * N - masked))[torch.randperm(2 * N, generator=own)].view(2, N)
-    seeds = torch.randint(2**62, (2, N), generator=own)
-    mine = slice(N // run.world * run.rank, N // run.world * (run.rank + 1))
-    draws = torch.stack([torch.rand(max(256, side**2), generator=own.manual_seed(seed))
-                         for seed in seeds[:, mine].flatten().tolist()])
-    make = random_masks if args.random_masks else functools.partial(block_masks, least=4)
-    masks = make(side, side, ratios[:, mine].flatten(), draws)
+    N = args.batch_size
+    low, high = args.mask_ratio
+    generator = torch.Generator().manual_seed(args.seed * 2**20 + step)
+    masked = int(2 * N * args.mask_crops)
+    parts = torch.arange(masked) + torch.rand(masked, generator=generator)
+    ratios = low + (high - low) * parts / max(masked, 1)
+    ratios = F.pad(ratios, (0, 2 * N - masked))[torch.randperm(2 * N, generator=generator)]
+    ratios = ratios.view(2, N).chunk(run.world, 1)[run.rank]
+    seeds = torch.randint(2**62, (2, N), generator=generator).chunk(run.world, 1)[run.rank]
+    masks = []
+    for ratio, seed in zip(ratios.flatten().tolist(), seeds.flatten().tolist()):
+        generator.manual_seed(seed)
+        if args.random_masks:
+            masks.append(random_mask(side, side, ratio, generator))
+        else:
+            masks.append(block_mask(side, side, ratio, generator, least=4))
+    masks = torch.stack(masks)
     hidden = masks.flatten().nonzero().squeeze(1)
-    weights = masks / masks.sum((1, 2), keepdim=True).clamp(min=1) / len(masks)
-    return masks, hidden, weights.flatten()[hidden]
+    counts = masks.sum((1, 2))
+    weights = (1 / counts / len(masks)).repeat_interleave(counts)
+    return [x.to(run.device, non_blocking=True) for x in (masks, hidden, weights)]
 
 
 # ==================================================================================================
 # Model
 # ==================================================================================================
 
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention: (N, T, D) -> same."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def split(self, x):
-        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-
-    def forward(self, x):
-        q, k, v = self.split(x)  # (N, heads, T, D / heads) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def weights(self, x):
-        """(N, heads, T, T): row i says how much token i takes from each."""
-        q, k, _ = self.split(x)
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-
-
-class LayerScale(nn.Module):
-    """x gamma, gamma (D,) learned (Touvron et al. 2021)."""
-
-    def __init__(self, dim, gamma):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), gamma))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
-class SwiGLU(nn.Module):
-    """w3(silu(w1 x) w2 x) (Shazeer 2020), w1 and w2 in one; width as in the released code."""
-
-    def __init__(self, dim):
-        super().__init__()
-        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
-        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        gate, value = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(gate) * value)
-
-
-class ScaledBlock(nn.Module):
-    """Pre-norm transformer block with LayerScale; in training a residual branch is computed for a
-    random part of the images alone, with `drop_path` left out and the others scaled up."""
-
-    def __init__(self, dim, heads, ffn="mlp", layer_scale=1.0, drop_path=0.0):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.ls1 = LayerScale(dim, layer_scale)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), SwiGLU(dim) if ffn == "swiglu" else (
-            nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(),
-                                      fc2=nn.Linear(4 * dim, dim))))
-        self.ls2 = LayerScale(dim, layer_scale)
-        self.drop_path = drop_path
-
-    def forward(self, x):
-        x = self.add(x, lambda x: self.ls1(self.attn(self.norm1(x))))
-        return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
-
-    def add(self, x, branch):
-        """x + branch(x): (N, T, D)."""
-        if not self.training or self.drop_path == 0:
-            return x + branch(x)
-        n, kept = len(x), max(int(len(x) * (1 - self.drop_path)), 1)
-        some = torch.randperm(n, device=x.device)[:kept]
-        return torch.index_add(x, 0, some, branch(x[some]).to(x.dtype), alpha=n / kept)
-
-
-def resample(pos_embed, height, width):
-    """Position embeddings (1, 1 + T, D) of a square grid for one of height x width patches.
-
-    The released code's formula: bicubic, by a factor with 0.1 added to the size.
-    """
-    side = math.isqrt(pos_embed.shape[1] - 1)
-    if (height, width) == (side, side):
-        return pos_embed
-    grid = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), scale_factor=((height + 0.1) / side, (width + 0.1) / side),
-                         mode="bicubic")
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).mT.to(pos_embed.dtype)], 1)
-
-
-def resample_antialiased(pos_embed, height, width):
-    """The same in the released networks with registers: to a size, with antialiasing."""
-    side = math.isqrt(pos_embed.shape[1] - 1)
-    if (height, width) == (side, side):
-        return pos_embed
-    grid = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=(height, width), mode="bicubic", antialias=True)
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).mT.to(pos_embed.dtype)], 1)
-
-
-class RegisterViT(nn.Module):
-    """Vision transformer: (N, 3, H, W) -> (N, 1 + R + T, D) after the final norm: class token, R
-    registers (Darcet et al. 2023), patches.
-
-    Names and shapes of the released weights. H, W: any multiples of the patch size.
-    """
-
-    def __init__(self, dim, depth, heads, ffn="mlp", patch_size=14, image_size=518, registers=0,
-                 layer_scale=1.0, drop_path=0.0, checkpoint=False):
-        super().__init__()
-        self.dim, self.patch_size, self.checkpoint = dim, patch_size, checkpoint
-        proj = nn.Conv2d(3, dim, patch_size, patch_size)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        if registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
-            nn.init.normal_(self.register_tokens, std=1e-6)
-        self.registers = registers
-        self.blocks = nn.ModuleList(ScaledBlock(dim, heads, ffn, layer_scale, drop_path)
-                                    for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        self.apply(init_linear)
-
-    def tokens(self, patches):
-        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + R + T, D): class token, registers, which
-        have no position, patches."""
-        resized = resample_antialiased if self.registers else resample
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).mT], 1)
-        x = x + resized(self.pos_embed, *patches.shape[2:])
-        if self.registers:
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
-        return x
-
-    def encode(self, patches):
-        x = self.tokens(patches)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpoint else block(x)
-        return self.norm(x)
-
-    def forward(self, x):
-        return self.encode(self.patch_embed(x))
-
-    def attention(self, x):
-        """Of the last block: (N, heads, 1 + R + T, 1 + R + T)."""
-        x = self.tokens(self.patch_embed(x))
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))
-
-
-def init_linear(m):
-    if isinstance(m, nn.Linear):
-        nn.init.trunc_normal_(m.weight, std=0.02)
-        nn.init.zeros_(m.bias)
-
-
-@torch.no_grad()
-def start_with_sines(vit):
-    """Positions as sines and cosines of row and column (as in MoCo v3), in waves from two grids to
-    two patches long, and linear layers of the blocks by Xavier's rule.
-
-    The paper's start, deviations of 0.02 everywhere, is for widths of 384 and more: in a narrow ViT
-    patches outweigh where they are. Test: test_start_with_sines.
-    """
-    side = math.isqrt(vit.pos_embed.shape[1] - 1)
-    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
-    angles = torch.arange(side).outer(waves)
-    line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim / 2)
-    vit.pos_embed[0, 1:] = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
-    for m in vit.blocks.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.xavier_uniform_(m.weight)
-
-
-def vit_small(patch_size=14, image_size=518, registers=0):
-    return RegisterViT(*VITS["vit_small"], patch_size, image_size, registers)
-
-
-def vit_base(patch_size=14, image_size=518, registers=0):
-    return RegisterViT(*VITS["vit_base"], patch_size, image_size, registers)
-
-
-def vit_large(patch_size=14, image_size=518, registers=0):
-    return RegisterViT(*VITS["vit_large"], patch_size, image_size, registers)
-
-
-def vit_giant(patch_size=14, image_size=518, registers=0):
-    return RegisterViT(*VITS["vit_giant"], patch_size, image_size, registers)
 
 
 class WeightNorm(nn.Module):
@@ -516,15 +285,15 @@ class WeightNorm(nn.Module):
         return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
 
 
-class Head(nn.Module):
-    """Projection head (DINO, Section 3.1): (N, d) -> z (N, 256) of length 1, s (N, K)."""
+class MLPHead(nn.Module):
+    """Projection head (DINO, Section 3.1): (n, d) -> z (n, 256) of length 1, s (n, K)."""
 
-    def __init__(self, inputs, outputs, hidden=2048, batch_norm=False, bottleneck=256):
+    def __init__(self, inputs, outputs, hidden=2048, bottleneck=256):
         super().__init__()
-        norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
-        self.mlp = nn.Sequential(nn.Linear(inputs, hidden), *norm, nn.GELU(),
-                                 nn.Linear(hidden, hidden), *copy.deepcopy(norm), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, bottleneck))
         self.mlp.apply(init_linear)
         self.last_layer = WeightNorm(bottleneck, outputs)
 
@@ -535,43 +304,49 @@ class Head(nn.Module):
 
 class DINOv2(nn.Module):
     """Backbone and heads: V views (N, 3, S, S) in [0, 1] -> h (V N, d), z (V N, 256), s (V N, K) of
-    class tokens and, with hidden, s' (M, K) of the patches of the first two views there.
+    class tokens and, with hidden, s' (M, K) of the global views' patches there.
 
-    masks: (2 N, S / P, S / P) bool; there mask_token stands for the patches of these two. hidden:
-    (M,) their places in masks.flatten(). Views of one size, next to each other, go through the
-    backbone together.
+    The two global views come first and go through the backbone together, so do the local ones.
+    masks: (2N, S / P, S / P) bool, of the global views; mask_token takes the place of a patch.
+    hidden: (M,), places in masks.flatten().
     """
 
     def __init__(self, backbone, out_dim=65536, hidden=2048, tied=False):
         super().__init__()
-        self.backbone, self.dino_head = backbone, Head(backbone.dim, out_dim, hidden)
-        self.ibot_head = None if tied else Head(backbone.dim, out_dim, hidden)
+        self.backbone = backbone
+        self.dino_head = MLPHead(backbone.dim, out_dim, hidden)
+        self.ibot_head = None if tied else MLPHead(backbone.dim, out_dim, hidden)
         for name, value in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
+    def tokens(self, views, masks=None):  # views of one size -> (V N, 1 + R + T, d)
+        x = (torch.cat(views) - self.mean) / self.std
+        x = self.backbone.patch_embed(x)  # (V N, d, S / P, S / P)
+        if masks is not None:  # before positions are added: the student knows where a patch is
+            x = torch.where(masks.unsqueeze(1), self.backbone.mask_token.view(-1, 1, 1), x)
+        return self.backbone.encode(x)
+
     def forward(self, *views, masks=None, hidden=None):
-        sizes = dict.fromkeys(x.shape[-1] for x in views)
-        groups = [torch.cat([x for x in views if x.shape[-1] == size]) for size in sizes]
-        x = [self.backbone.patch_embed((x - self.mean) / self.std) for x in groups]
-        if masks is not None:  # before the positions are added: where it is, stays known
-            masked = F.pad(masks, (0, 0, 0, 0, 0, len(x[0]) - len(masks))).unsqueeze(1)
-            x[0] = torch.where(masked, self.backbone.mask_token.view(-1, 1, 1), x[0])
-        x = [self.backbone.encode(patches) for patches in x]
-        h = torch.cat([tokens[:, 0] for tokens in x])
-        if hidden is None:
-            return h, *self.dino_head(h)
-        patches = x[0][: 2 * len(views[0]), 1 + self.backbone.registers :].flatten(0, 1)[hidden]
-        return h, *self.dino_head(h), (self.ibot_head or self.dino_head)(patches)[1]
+        x = self.tokens(views[:2], masks)
+        h = x[:, 0]
+        s_patch = []
+        if hidden is not None:
+            head = self.ibot_head or self.dino_head
+            patches = x[:, 1 + self.backbone.registers :].flatten(0, 1)
+            s_patch.append(head(patches[hidden])[1])  # (M, K)
+        if views[2:]:
+            h = torch.cat([h, self.tokens(views[2:])[:, 0]])
+        return h, *self.dino_head(h), *s_patch
 
 
 def build(args, drop_path=0.0):
-    """The untrained network: the same weights for the same seed whenever it is called."""
+    """The untrained network, the same for the same seed."""
     torch.manual_seed(args.seed)
-    dim, depth, heads, _ = VITS[args.arch]
-    backbone = RegisterViT(dim, depth, heads, args.ffn, args.patch_size, args.image_size,
-                           args.registers, args.layer_scale, drop_path,
-                           args.checkpoint_activations)
-    if args.start == "sines":
+    dim, depth, heads, _ = BACKBONES[args.arch]
+    backbone = RegisterViT(
+        dim, depth, heads, args.ffn, args.patch_size, args.image_size, args.registers,
+        args.layer_scale, drop_path, args.checkpoint_activations)
+    if dim < 384:
         start_with_sines(backbone)
     return DINOv2(backbone, args.out_dim, args.hidden, args.tied_heads)
 
@@ -582,14 +357,14 @@ def build(args, drop_path=0.0):
 
 
 def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
-    """The teacher's answers, balanced over the batch (paper, Section 4, "Sinkhorn-Knopp centering";
-    Caron et al. 2020): Q = exp(logits / tau), then three times
+    """The teacher's outputs as distributions that are balanced over the batch (paper, Section 4,
+    "Sinkhorn-Knopp centering"; Caron et al. 2020): Q = exp(logits / tau), then three times
 
-        Q_nk <- Q_nk / sum_n Q_nk        every prototype the same share of all answers
-        Q_nk <- Q_nk / sum_k Q_nk        every answer a distribution
+        Q_nk <- Q_nk / sum_n Q_nk        every prototype gets the same share of all rows
+        Q_nk <- Q_nk / sum_k Q_nk        every row is a distribution
 
     logits: (n, K) -> (n, K), rows sum to 1. In logarithms, finite for any finite logits. gather:
-    (1, K) -> (world, K), where the sum over n is over all processes. Test: test_sinkhorn_equation.
+    (1, K) -> (world, K), for sums over n of all processes. Test: test_sinkhorn_equation.
     """
     Q = logits.detach() / tau  # (n, K), the logarithm of it
     for _ in range(iterations):
@@ -599,27 +374,39 @@ def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
     return Q.exp_()
 
 
-def distillation(s, t, tau_s):
-    """-sum_k t_k log softmax(s / tau_s)_k of rows (paper, Section 4, L_DINO and L_iBOT).
+def targets(t, center, tau_t, centering, gather=None):
+    """What the student has to predict from the teacher's raw outputs: by Sinkhorn-Knopp or, with
+    the centre of the steps before, softmax((t - C) / tau_t) (DINO, equation 1; paper, Section 4).
 
-    s: (n, K) raw outputs, t: (n, K), rows sum to 1 -> (n,). No gradient to t; the logarithm of s is
+    t: (n, K), center: (1, K) -> (n, K). No gradient to t. Test: test_targets.
+    """
+    if centering == "sinkhorn":
+        return sinkhorn_knopp(t, tau_t, gather=gather)
+    return F.softmax((t.detach() - center) / tau_t, dim=1)
+
+
+def distillation(s, q, tau_s):
+    """-sum_k q_k log softmax(s / tau_s)_k of rows (paper, Section 4, L_DINO and L_iBOT).
+
+    s: (n, K) raw outputs, q: (n, K), rows sum to 1 -> (n,). No gradient to q; the logarithm of s is
     never written out. Test: test_distillation_equation.
     """
     s = s / tau_s
-    return s.logsumexp(1) - torch.linalg.vecdot(t.detach(), s, dim=1)
+    return s.logsumexp(1) - torch.linalg.vecdot(q.detach(), s, dim=1)
 
 
 def class_loss(student, targets, tau_s):
     """L_DINO: mean over all pairs of different views of the mean over images (paper, Section 4).
 
-    student: list of (N, K), a view each; targets: two or more (N, K) for its first views, rows sum
-    to 1 -> scalar. Test: test_class_loss_equation.
+    student: list of (N, K), one for each view; targets: two or more (N, K) for the first of them,
+    rows sum to 1 -> scalar. Test: test_class_loss_equation.
     """
-    total, pairs, loss = sum(targets), len(targets) * (len(student) - 1), 0.0
+    q_sum, pairs, loss = sum(targets), len(targets) * (len(student) - 1), 0.0
     for j, s in enumerate(student):
-        n = len(targets) - (j < len(targets))
-        mean = (total - targets[j] if j < len(targets) else total) / n  # of the other views
-        loss = loss + n / pairs * distillation(s, mean, tau_s).mean()
+        others, n = q_sum, len(targets)
+        if j < len(targets):  # not of the same view
+            others, n = q_sum - targets[j], n - 1
+        loss = loss + n / pairs * distillation(s, others / n, tau_s).mean()
     return loss
 
 
@@ -641,15 +428,16 @@ def koleo(x):
     Test: test_koleo_equation.
     """
     x = F.normalize(x, eps=1e-8)
-    near = (x @ x.T).detach().fill_diagonal_(-2.0).argmax(1)  # (n,) the largest cosine
-    return -(F.pairwise_distance(x, x[near], eps=1e-8) + 1e-8).log().mean()
+    nearest = (x @ x.T).detach().fill_diagonal_(-2.0).argmax(1)  # (n,) the largest cosine
+    return -(F.pairwise_distance(x, x[nearest], eps=1e-8) + 1e-8).log().mean()
 
 
-def mean_entropy(t):
-    """Mean entropy of the targets, (n, K) with rows that sum to 1 -> scalar (DINO's paper, Figure
-    7). Test: test_mean_entropy.
+def mean_entropy(q):
+    """Mean entropy of the targets (n, K), whose rows sum to 1 -> scalar (DINO's paper, Figure 7).
+
+    Test: test_mean_entropy.
     """
-    return torch.special.entr(t).sum(1).mean()
+    return torch.special.entr(q).sum(1).mean()
 
 
 # ==================================================================================================
@@ -659,9 +447,9 @@ def mean_entropy(t):
 
 @torch.no_grad()
 def ema_update(net_ema, net, m):
-    """theta_ema <- m theta_ema + (1 - m) theta (slide "Momentum Contrast (MoCo)").
+    """theta_t <- m theta_t + (1 - m) theta_s (paper, Section 4), for the parameters alone.
 
-    The parameters alone, no buffers. m: a float or a 0-dim tensor. Test: test_ema_update.
+    m: a float or a 0-dim tensor. Test: test_ema_update.
     """
     ema, new = list(net_ema.parameters()), list(net.parameters())
     weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)
@@ -669,12 +457,30 @@ def ema_update(net_ema, net, m):
 
 
 def update_center(center, teacher, m):
-    """C <- m C + (1 - m) mean of t (DINO, equation 4; slide Algorithm 1), of raw outputs.
+    """C <- m C + (1 - m) mean of t (DINO, equation 4), of raw outputs.
 
     center: (1, K), teacher: (n, K), or its mean over all processes (1, K) -> (1, K).
     Test: test_center.
     """
     return m * center + (1 - m) * teacher.mean(0, keepdim=True)
+
+
+def mean_of_all(x, run):
+    """Mean of the rows (n, K) of all processes, which have different numbers of them -> (1, K)."""
+    sums = run.mean(F.pad(x.sum(0), (0, 1), value=len(x)))  # their sum and number
+    return (sums[:-1] / sums[-1].clamp(min=1)).view(1, -1)
+
+
+# ==================================================================================================
+# Training
+# ==================================================================================================
+
+
+def lr_at(step, steps, warmup, peak):
+    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def cosine(step, steps, start, end):
@@ -691,475 +497,447 @@ def tau_at(step, steps, tau_t, warmup):
     return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
 
 
-# ==================================================================================================
-# Training
-# ==================================================================================================
+def clip_modules(net, length):
+    """Cut the gradients of backbone and heads to this length, each of them by itself, as the
+    released code does. Test: test_clip_modules."""
+    for module in net.children():
+        nn.utils.clip_grad_norm_(module.parameters(), length)
 
 
-class Gather(torch.autograd.Function):
-    """(n, ...) of every process -> (world n, ...), with gradient.
-
-    Each process computes the loss of the whole batch. Backward adds what all of them say of a row,
-    DistributedDataParallel averages over processes: together the gradient of one process.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dist.all_reduce(grad := grad.clone(memory_format=torch.contiguous_format))
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def averaged(x):
-    """Mean over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-
-def lr_at(step, steps, warmup, peak):
-    """Linear to peak in `warmup` steps, then a half cosine to 0. Test: test_lr_at."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def clipped_by_module(loss, modules, optimizer, scaler, clip):
-    """The optimiser's step -> loss, averaged over processes, and finite (0-dim bool). Where loss or
-    gradient of any process are not, weights and moments stay. loss: 0-dim, or (T,) with its parts
-    -> (T,).
-
-    The gradient of every module (backbone, heads) is cut to the length `clip`, as in the released
-    code. Decided on the device: the fused optimisers do nothing where found_inf is 1.
-    """
-    scaler.unscale_(optimizer)
-    grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in modules]
-    norms = [torch.stack(torch._foreach_norm(g)).norm() for g in grads]
-    loss = loss.detach().reshape(-1)
-    said = torch.cat([~torch.isfinite(sum(norms) + loss.sum()).view(1), loss])
-    said = averaged(said)
-    failed = (said[0] > 0).float()
-    for g, n in zip(grads, norms):
-        torch._foreach_mul_(g, (clip / (n + 1e-6)).clamp(max=1.0))
-    optimizer.grad_scale, optimizer.found_inf = None, failed
-    optimizer.step()
-    scaler.update()
-    return said[1:], failed == 0
-
-
-def load_weights(net, path, args):
-    """Load last.pt or a full released checkpoint, backbone and heads, or a backbone alone. Position
-    embeddings of another resolution are resampled."""
-    found, method = common.read_checkpoint(path), Path(__file__).stem
-    if "state" in found:
-        if found["method"] != method:
-            common.fail(f"{path} is a run of {found['method']}, not of {method}; give its "
-                        "backbone.pt")
-        weights = found["state"][{"teacher": "net_ema", "student": "net"}[args.branch]]
-    elif args.branch in found:  # its blocks are in chunks: blocks.<chunk>.<block>
-        weights = {re.sub(r"blocks\.\d+\.(\d+)\.", r"blocks.\1.", k.removeprefix("module.")): v
-                   for k, v in found[args.branch].items()}
-    else:
-        found = found.get("state_dict", found)
-        weights = {f"backbone.{k}": v for k, v in found.items() if not k.startswith("fc.")}
-    own = net.state_dict()
-    heads = [k for k in own if "_head." in k]
-    if any(k not in weights or weights[k].shape != own[k].shape for k in heads):
-        print("the heads stay random: what is said of z means nothing before training")
-        weights = {k: v for k, v in weights.items() if "_head." not in k}
-        weights |= {k: own[k] for k in heads}
-    weights.setdefault("backbone.mask_token", own["backbone.mask_token"])
-    if (k := "backbone.pos_embed") in weights:
-        side = math.isqrt(own[k].shape[1] - 1)
-        resized = resample_antialiased if args.registers else resample
-        weights[k] = resized(weights[k], side, side)
-    common.load_into(net, weights, path)
-
-
-def train(args, stop):
-    # -- setup
-    begun, method = time.perf_counter(), Path(__file__).stem
-    run = common.setup(args.device, args.amp)
-    name = f"runs/{method}-{Path(args.dataset).name}-s{args.seed}" + "-eval" * bool(args.eval)
-    folder = common.run_folder(args.out or name, args.resume)
-    print(f"{method} on {args.dataset}, {run.world} x {run.name}, {run.dtype}, to {folder}")
-
-    # -- data
-    data = common.Data(args.dataset, args.data_dir, args.limit)
-    complete(args, data.side, len(data))
-    common.write(folder / "args.json", json.dumps(vars(args), indent=1))
-    data.read(args.image_size, run.device, args.memory_limit, args.workers)
-    n, batch = len(data.train.labels), args.batch_size
-    per_epoch = max(n // batch, 1)
-    steps = args.epochs * per_epoch
-    print(f"{n:,} training images, {len(data.val[1]):,} validation images")
-    if not args.eval and (n < batch or batch % run.world):
-        common.fail(f"--batch-size {batch} has to be at most the number of training images, {n}, "
-                    f"and a multiple of that of processes, {run.world}")
-
-    # -- model
-    least = min([args.image_size] + [args.local_size] * (args.local_crops > 0)
-                + [args.hires_size] * (args.hires_epochs > 0))
+def check(args, steps):
+    """Say what cannot work or is known to go wrong before hours are spent on it."""
+    least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if least < args.patch_size:
-        common.fail(f"views of {least} pixels are smaller than --patch-size {args.patch_size}")
+        common.fail("--patch-size is over --image-size or --local-size, the side of a view")
+    if args.eval:
+        return
+    if args.hires_epochs and args.hires_size < args.patch_size:
+        common.fail("--patch-size is over --hires-size, the side of a view")
+    if args.local_scale > args.global_scale:
+        common.fail("--local-scale is over --global-scale, the largest area of a local crop")
+    if args.no_class_loss and args.no_token_loss and not args.koleo:
+        common.fail("--no-class-loss, --no-token-loss and --koleo 0 leave nothing to learn")
+    if (args.image_size // args.patch_size) ** 2 * max(args.mask_ratio) < 1:
+        common.fail("--mask-ratio hides none of so few patches: raise it or --image-size")
+    if args.m ** (steps / 10) > 0.5:
+        print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if args.image_size % args.patch_size:
-        print(f"warning: {args.image_size % args.patch_size} rows and columns of a view are in no "
-              "patch, make --image-size a multiple of --patch-size")
+        print("warning: --image-size is no multiple of --patch-size, a rest is cut off")
     if args.local_crops and args.local_size >= args.image_size:
         print("warning: local views are not smaller than global ones, lower --local-size")
-    net, net_ema = build(args, args.drop_path), build(args)
-    if args.init or args.eval:
-        load_weights(net, args.init or args.eval, args)
-    for part in (net, net_ema):
-        part.load_state_dict(net.state_dict())
-        part.to(run.device, memory_format=torch.channels_last)
-    net_ema.requires_grad_(False)
+
+
+def train(args, run):
+    """-> the trained teacher and the data."""
+    data = common.load_data(args, OPTIONS, run)
+    steps = args.epochs * data.per_epoch
+    warmup = round(args.warmup * steps)
+    peak = args.lr * math.sqrt(args.batch_size / 1024)
+    print(f"{steps:,} steps, {warmup:,} of them warm-up")
+    check(args, steps)
+    common.show_views(run, data, crops(args), lambda views: augment(views, args))
+
+    # -- model: net is g_s, the student; net_ema is g_t, the teacher, which is evaluated and kept
+    net = build(args, args.drop_path)
+    net_ema = build(args)
+    kept = "net" if args.branch == "student" else "net_ema"
+    renames = [(r"blocks\.\d+\.(\d+)\.", r"blocks.\1.")]  # released: blocks.<chunk>.<block>
+    common.load_weights(net, args, kept, args.branch, renames, fit_tokens)  # of --init or --eval
+    net_ema.load_state_dict(net.state_dict())
+    net = run.place(net)
+    net_ema = run.place(net_ema)
+    net_ema.requires_grad_(False)  # stop-gradient: the teacher only follows, by moving average
     centers = torch.zeros(2, 1, args.out_dim, device=run.device)  # of class and patch tokens
-    teaching = torch.full((2,), math.nan, device=run.device)  # entropy and KL of the last step
-    compiled = torch.compile if args.compile else lambda f: f
-    augmented, student, teacher = compiled(augment), compiled(net), compiled(net_ema)
-    student = nn.parallel.DistributedDataParallel(student) if run.world > 1 else student
-    state = {"net": net, "net_ema": net_ema, "centers": centers, "teaching": teaching}
+    center_m = args.center_m if args.centering == "ema" else 1.0  # with 1 they stay 0
+    student = run.parallel(net)
+    teacher, aug = run.compiled(net_ema), run.compiled(augment)
 
     # -- optimiser
-    peak, warmup = args.lr * math.sqrt(batch / 1024), round(args.warmup * steps)
-    last = [p for k, p in net.named_parameters() if "last_layer" in k]
-    others = [p for k, p in net.named_parameters() if "last_layer" not in k]
-    groups = [{"params": last, "decays": 1.0, "rests": True},
-              {"params": [p for p in others if p.ndim > 1], "decays": 1.0, "rests": False},
-              {"params": [p for p in others if p.ndim <= 1], "decays": 0.0, "rests": False}]
+    last = [p for name, p in net.named_parameters() if "last_layer" in name]
+    others = [p for name, p in net.named_parameters() if "last_layer" not in name]
+    groups = [{"params": last},
+              {"params": [p for p in others if p.ndim > 1]},
+              {"params": [p for p in others if p.ndim <= 1]}]  # biases, norms, gammas: no decay
     optimizer = torch.optim.AdamW(groups, peak, fused=True)
-    gather, answers = Gather.apply if run.world > 1 else None, []
-    weights = float(not args.no_class_loss), float(not args.no_token_loss), args.koleo
-    even = math.log(args.out_dim)  # and 0 for the patches of an image without a mask
-    point = -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))  # KoLeo of equal tokens: a
-    # collapse, so it is not in the loss of chance
-    chance = {"class": even, "patch": even * args.mask_crops}
-    chance = {"loss": sum(w * c for w, c in zip(weights, chance.values()))} | chance
-    chance |= {"koleo": point, "entropy": even, "kl": 0.0}
-    half_life = math.log(2) / max(-math.log(args.m or 1e-9), 1e-9) / per_epoch
-    print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * "
-          f"sqrt({batch} / 1024); "
-          f"half-life of the teacher {half_life:.2g} epochs at first")
-    if args.mask_ratio[0] > args.mask_ratio[1]:
-        common.fail(f"--mask-ratio {args.mask_ratio[0]:g} {args.mask_ratio[1]:g}: give the lower "
-                    "one first")
-    if args.hires_epochs > args.epochs:
-        common.fail(f"--hires-epochs {args.hires_epochs} is over --epochs {args.epochs}")
-    places = (args.image_size // args.patch_size) ** 2
-    if places * args.mask_ratio[1] < 1 and args.mask_crops and not args.no_token_loss:
-        common.fail(f"of {places} patches --mask-ratio {args.mask_ratio[1]:g} hides none: raise it "
-                    "or --image-size, or give --no-token-loss")
-    if not any(weights):
-        common.fail("--no-class-loss, --no-token-loss and --koleo 0 leave nothing to learn")
-    if args.local_scale > args.global_scale:
-        common.fail(f"--local-scale {args.local_scale:g} is over --global-scale "
-                    f"{args.global_scale:g}, the largest of a local crop")
-    if half_life > args.epochs / 10:
-        print("warning: the teacher's half-life is over a tenth of the run, lower --m")
-    if args.warmup > 1 / 3:
-        print("warning: over a third of the run is warm-up, lower --warmup")
-
-    # -- resume
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    tally = torch.zeros(len(chance) + 2, device=run.device)  # sums, their number; failures in a row
-    state |= {"optimizer": optimizer, "scaler": scaler, "tally": tally}
-    start = {"step": 0, "seconds": 0.0, "rows": []}
-    progress = common.restore(folder / "last.pt", method, args, state) if args.resume else start
-    step, rows, saved = progress["step"], progress["rows"], time.perf_counter()
-    look, caught = 10 if run.device.type == "cuda" else 1, 0  # to look at a GPU is to wait for it
-    show_views(folder, data, args, run)
-    for epoch in range(step // per_epoch, 0 if args.eval else args.epochs):
-        first = step % per_epoch
-        hires = args.hires_size if epoch >= args.epochs - args.hires_epochs else None
-        batches = data.epoch(epoch, first, batch, crops(args, hires), run, args.seed)
-        bar = common.Bar(batches, per_epoch, first, f"epoch {epoch + 1}/{args.epochs}")
-        for views, _ in bar:
+    state = {"net": net, "net_ema": net_ema, "centers": centers,
+             "optimizer": optimizer, "scaler": scaler}
+    run.restore(state)  # --resume: goes on with the very step
+    undo = common.Undo(centers)  # what a failed step must not change; there is no batch norm
+    cls_weight = 0.0 if args.no_class_loss else 1.0
+    patch_weight = 0.0 if args.no_token_loss else 1.0
+    even = math.log(args.out_dim)  # of equal prototypes; a view without a mask counts as 0
+    run.chance = {  # the values where nothing is learned; that of KoLeo is for equal tokens
+        "loss": even * (cls_weight + patch_weight * args.mask_crops),
+        "cls": even, "patch": even * args.mask_crops, "entropy": even, "kl": 0.0,
+        "koleo": -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))}
+
+    for epoch in run.epochs(data):
+        hires = epoch >= args.epochs - args.hires_epochs
+        size = args.hires_size if hires else args.image_size
+        for step, views in run.batches(data, epoch, crops(args, size)):
             # -- step
-            rates = {"lr": lr_at(step, steps, warmup, peak), "m": cosine(step, steps, args.m, 1.0),
-                     "wd": cosine(step, steps, args.weight_decay, args.weight_decay_end),
-                     "tau_t": (tau := tau_at(step, steps, args.tau_t, args.tau_t_warmup))}
-            for group in optimizer.param_groups:
-                rests = group["rests"] and step < args.freeze_last_layer * per_epoch
-                group["lr"] = 0.0 if rests else rates["lr"]
-                group["weight_decay"] = rates["wd"] * group["decays"]
-            side = views[0].shape[-1] // args.patch_size
-            masks = stratified_masks(step, side, args, run)  # while a GPU is at the step before
-            masks, hidden, share = (x.to(run.device, non_blocking=True) for x in masks)
-            x = augmented(views, args)  # 2 + L views (N, 3, S, S)
+            lr, m = lr_at(step, steps, warmup, peak), cosine(step, steps, args.m, 1.0)
+            wd = cosine(step, steps, args.weight_decay, args.weight_decay_end)
+            tau_t = tau_at(step, steps, args.tau_t, args.tau_t_warmup)
+            last_lr = 0.0 if epoch < args.freeze_last_layer else lr
+            for group, rate, decay in zip(optimizer.param_groups, (last_lr, lr, lr), (wd, wd, 0)):
+                group["lr"], group["weight_decay"] = rate, decay
+            masks, hidden, weights = stratified_masks(step, size // args.patch_size, args, run)
+            x = aug(views, args)  # 2 global views, then L local ones, (N, 3, S, S) each
             with run.autocast():
-                h, _, s, s_patch = student(*x, masks=masks, hidden=hidden)
-                *_, t, t_patch = teacher(*x[:2], hidden=hidden)  # (2 N, K), (M, K)
-            h, s, t, s_patch, t_patch = (x.float() for x in (h, s, t, s_patch, t_patch))
-            if args.centering == "sinkhorn":  # from here on t and t_patch are targets
-                t, t_patch = (sinkhorn_knopp(x, tau, gather=gather) for x in (t, t_patch))
-            else:
-                answers = [F.pad(x.sum(0), (0, 1), value=len(x)) for x in (t, t_patch)]
-                t, t_patch = (F.softmax((x - C) / tau, 1) for x, C in zip((t, t_patch), centers))
-            terms = [class_loss(s.chunk(len(x)), t.chunk(2), args.tau_s),
-                     masked_loss(s_patch, t_patch, share, args.tau_s),
-                     sum(koleo(view) for view in h.chunk(len(x))[:2])]
-            loss = sum(w * term for w, term in zip(weights, terms))
+                h, _, s, s_patch = student(*x, masks=masks, hidden=hidden)  # ((2 + L) N, K), (M, K)
+                _, _, t, t_patch = teacher(*x[:2], hidden=hidden)  # (2N, K), (M, K)
+            h, s, t, s_patch, t_patch = (out.float() for out in (h, s, t, s_patch, t_patch))
+            q = targets(t, centers[0], tau_t, args.centering, run.gather)
+            q_patch = targets(t_patch, centers[1], tau_t, args.centering, run.gather)
+            l_dino = class_loss(s.chunk(len(x)), q.chunk(2), args.tau_s)
+            l_ibot = masked_loss(s_patch, q_patch, weights, args.tau_s)
+            l_koleo = sum(koleo(view) for view in h.chunk(len(x))[:2])
+            loss = cls_weight * l_dino + patch_weight * l_ibot + args.koleo * l_koleo
+            t_entropy = mean_entropy(q)  # l_dino = entropy of q + KL(q, s)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            unsure = mean_entropy(t)  # class term = entropy of t + KL(t, s)
-            said = torch.stack([loss, *terms, unsure, terms[0] - unsure])
-            losses, finite = clipped_by_module(said, net.children(), optimizer, scaler, args.clip)
-            ema_update(net_ema, net, torch.where(finite, rates["m"], 1.0))
-            for C, total in zip(centers, map(averaged, answers)):
-                mean = (total[:-1] / total[-1].clamp(min=1)).view(1, -1)
-                C.copy_(torch.where(finite, update_center(C, mean, args.center_m), C))
-            teaching.copy_(torch.where(finite, losses[4:], teaching))
-            step += 1
-            # -- log
-            good, failures = finite.view(1), torch.where(finite, -tally[-1:], 1)
-            tally += torch.cat([torch.where(finite, losses, 0), good, failures])
-            if step % look == 0:
-                *sums, good, failures = tally.tolist()
-                said = "".join(f", {k} {v:.3g}" for k, v in rates.items())
-                bar.say(f"loss {sums[0] / max(good, 1):.3f} (chance {chance['loss']:.3f}){said}")
-                if failures >= 50 and scaler.get_scale() <= 1:
-                    common.fail(f"no finite loss and gradient in 50 steps up to step {step}: lower "
-                                "--lr or turn --amp off; nothing was saved since")
-                if caught := stop.agreed(run.device):
-                    break
-        (*sums, good, _), seconds = tally.tolist(), bar.seconds  # in this order: a GPU ends first
-        progress |= {"step": step, "seconds": progress["seconds"] + seconds}
-        if step % per_epoch == 0:
-            tally[:-1] = 0
-            means = {k: total / good if good else None for k, total in zip(chance, sums)}
-            row = {"epoch": epoch + 1, **means, **rates, "skipped": per_epoch - int(good),
-                   "waiting": bar.waiting / seconds,
-                   "images_per_second": (per_epoch - first) * batch / seconds}
-            rows.append(row)
-            said = [f"{k} {math.nan if means[k] is None else means[k]:.3f} (chance {c:.3f})"
-                    for k, c in chance.items()]
-            left = common.duration(progress["seconds"] / step * (steps - step))
-            print(f"epoch {epoch + 1}: {', '.join(said)}, {row['skipped']} steps skipped, "
-                  f"{row['images_per_second']:,.0f} images/s, {row['waiting']:.0%} waiting for "
-                  f"data, {left} left")
-            if args.eval_every and (epoch + 1) % args.eval_every == 0:
-                row |= evaluate(state, data, args, run)
-        # -- save
-        common.write_rows(folder / "metrics.jsonl", rows)
-        if caught or step == steps or time.perf_counter() - saved > 60:
-            common.save(folder / "last.pt", method, args, state, progress)
-            saved = time.perf_counter()
-        if caught:
-            print(f"stopped after step {step:,} of {steps:,}, --resume goes on from here")
-            raise SystemExit(128 + caught)
-    results = {"method": method} | vars(args) | {
-        "device": run.name, "versions": {"torch": torch.__version__},
-        "train_seconds": progress["seconds"],
-        "images_per_second": step * batch / max(progress["seconds"], 1e-9)}
-    results |= report(state, data, args, run)
-    results["peak_memory_mb"] = common.peak_memory_mb(run.device)
-    results["total_seconds"] = time.perf_counter() - begun
-    finish(folder, state[KEPT], args, rows, results, [*chance])
-    return results
-
-
-def finish(folder, net, args, rows, results, terms):
-    """Write backbone.pt, curves, options and results, and print how to load the backbone."""
-    weights = {k: v.cpu().contiguous() for k, v in net.backbone.state_dict().items()}
-    meta = vars(args) | {"mean": MEAN, "std": STD}
-    common.write(folder / "backbone.pt", {"state_dict": weights, "meta": meta})
-    common.curves(folder / "curves.png", rows, {
-        "loss": terms, "validation, %": ["linear_top1", "knn_top1", "head_linear_top1"],
-        "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
-    common.write(folder / "results.json", json.dumps(results, indent=1))
-    print(f"{results['total_seconds']:.0f} s in all, {results['train_seconds']:.0f} s of training, "
-          f"{results['images_per_second']:,.0f} images/s, {results['peak_memory_mb']:,.0f} MB peak")
-    print(f"\nThe backbone, for (RGB in [0, 1] - {MEAN}) / {STD}:\n\n"
-          f"{loading(args, folder / 'backbone.pt')}")
-
-
-def loading(args, path):
-    """Python that rebuilds the backbone with timm and loads the file strictly."""
-    dim, depth, heads, _ = VITS[args.arch]
-    lines = ["import torch, timm",
-             f"w = torch.load({str(path)!r}, weights_only=True)['state_dict']",
-             "del w['mask_token']"]
-    more = ""
-    if args.registers:
-        lines += ["w['reg_token'] = w.pop('register_tokens')",
-                  "w['cls_token'] = w['cls_token'] + w['pos_embed'][:, :1]",
-                  "w['pos_embed'] = w['pos_embed'][:, 1:]"]
-        more += f",\n    reg_tokens={args.registers}, no_embed_class=True"
-    if args.ffn == "swiglu":
-        lines += ["w = {k.replace('w12', 'fc1').replace('w3', 'fc2'): v for k, v in w.items()}"]
-        more += (f",\n    mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU, mlp_ratio="
-                 f"{(2 * SwiGLU(dim).w3.in_features + 0.5) / dim}")
-    lines += [f"net = timm.models.VisionTransformer(  # {args.arch}",
-              f"    img_size={args.image_size}, patch_size={args.patch_size}, embed_dim={dim}, "
-              f"depth={depth}, num_heads={heads},", f"    num_classes=0, init_values=1.0{more})",
-              "net.load_state_dict(w)", ""]
-    return "\n".join(lines)
+            scaler.unscale_(optimizer)
+            clip_modules(net, args.clip)
+            ok = run.update(optimizer, scaler, loss)  # unless loss or gradient is not finite
+            ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA: g_t = m g_t + (1 - m) g_s
+            for C, outputs in zip(centers, (t, t_patch)):  # centres
+                C.copy_(update_center(C, mean_of_all(outputs, run), center_m))
+            undo(unless=ok)
+            run.log(ok, loss=loss, cls=l_dino, patch=l_ibot, koleo=l_koleo, entropy=t_entropy,
+                    kl=l_dino - t_entropy, lr=lr, m=m, wd=wd, tau_t=tau_t)
+        # -- log and save
+        if run.end_epoch():  # every --eval-every epochs
+            evaluate(net_ema, data, args, run)
+        run.save(state)  # at most once a minute; after a signal the program ends here
+    return net_ema, data
 
 
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
 
-KEPT = "net_ema"  # of state: the network that is evaluated and written
 
+def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
+    """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
-def central(args, size=None):
-    """The view for evaluation: a central square, of 7/8 of a larger image (released code)."""
-    return [common.Crop(size or args.image_size, 1.0 if args.image_size <= 64 else 0.875)]
-
-
-def show_views(folder, data, args, run):
-    """views.png: eight training images and, to the right, what the network gets to see of them."""
-    eight = torch.arange(min(8, len(data.train.labels)))
-    draws = [next(common.batches(data.train, eight, 8, c, run.device, seed=(args.seed, i)))[0]
-             for i, c in enumerate([central(args)] + [crops(args)] * 3)]
-    seen = [v for views in draws[1:] for v in augment(views, args)]
-    common.picture(folder / "views.png", draws[0] + seen)
-
-
-@torch.no_grad()
-def embed(f, crops, part, args, run, seed=None):
-    """f: views -> tensors (B, ...); over part = (images, index) -> [tensors (n, ...), labels].
-
-    Each process takes every world-th image, all get everything, in the order of index.
+    The L2 penalty is chosen on val. With test, the classifier is then made from fit and val.
     """
-    (images, index), rows = part, []
-    n, most = len(index), -(-len(index) // run.world)
-    share = index[torch.arange(run.rank, most * run.world, run.world) % n]  # equally many for each
-    for x, i in common.batches(images, share, 512, crops, run.device, args.workers, seed):
-        with run.autocast():
-            out = f([v.contiguous(memory_format=torch.channels_last) for v in x])
-        rows.append([*(t.float() for t in out), images.labels[i].to(run.device)])
-    columns = [torch.cat(c) for c in zip(*rows)]
-    if run.world > 1:
-        columns = [torch.stack(Gather.apply(c).chunk(run.world), 1) for c in columns]
-    return [c.flatten(0, 1)[:n] if run.world > 1 else c for c in columns]
-
-
-def knn(x, y, x_test, y_test, k, tau):
-    """Top-1 in % of the k nearest by cosine, with votes exp(cosine / tau) (Wu et al. 2018)."""
-    x, right = F.normalize(x), 0
-    for q, target in zip(x_test.split(1024), y_test.split(1024)):
-        cosine, i = (F.normalize(q) @ x.T).topk(min(k, len(x)))  # (n, k)
-        votes = q.new_zeros(len(q), int(y.max()) + 1).scatter_add_(1, y[i], (cosine / tau).exp())
-        right += (votes.argmax(1) == target).sum().item()
-    return 100 * right / len(x_test)
+    if not torch.isfinite(fit[0]).all():
+        return math.nan
+    scores = regression_path(*fit, *val, penalties)
+    if test is None:
+        return max(scores)
+    both = [torch.cat(pair) for pair in zip(fit, val)]
+    return regression_path(*both, *test, penalties[: scores.index(max(scores)) + 1])[-1]
 
 
 @torch.enable_grad()
-def linear_probe(x, y, x_test, y_test, decay):
-    """Top-1 in % of multinomial logistic regression on standardised features with an L2 penalty."""
+def regression_path(x, y, x_test, y_test, penalties):
+    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; every
+    fit starts where the one before has ended."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    w = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+    w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
+    b = torch.zeros_like(w[0], requires_grad=True)
+    scores = []
+    for penalty in penalties:
+        lbfgs = torch.optim.LBFGS(
+            [w, b], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
 
-    def objective():
-        lbfgs.zero_grad()
-        loss = F.cross_entropy(x @ w[1:] + w[0], y) + decay / 2 * w[1:].square().sum()
-        loss.backward()
-        return loss
+        def objective(penalty=penalty, lbfgs=lbfgs):
+            lbfgs.zero_grad()
+            loss = F.cross_entropy(x @ w + b, y) + penalty / 2 * w.square().sum()
+            loss.backward()
+            return loss
 
-    lbfgs.step(objective)
-    return 100 * ((x_test @ w[1:] + w[0]).argmax(1) == y_test).float().mean().item()
+        lbfgs.step(objective)
+        correct = (x_test @ w + b).argmax(1) == y_test
+        scores.append(100 * correct.float().mean().item())
+    return scores
 
 
-def probes(parts, args):
-    """parts: (features, labels) of fit, val and perhaps test -> linear and k-NN top-1 on the last.
+def accuracies(f, names, crop, splits, run):
+    """Linear and k-NN top-1 of each output of f, by name; splits: fit, val and perhaps test."""
+    parts = [common.embed(f, part, crop, run) for part in splits]
+    results = {}
+    for i, name in enumerate(names):
+        labelled = [(part[i], part[-1]) for part in parts]
+        results[f"{name}linear_top1"] = linear_probe(*labelled)
+        results[f"{name}knn_top1"] = common.knn(*labelled, k=run.args.knn_k, tau=run.args.knn_tau)
+    return results
 
-    The penalty is the best on val; for test the classifiers are then made from fit and val.
+
+def central(size):
+    """The central square; of an image over 64 pixels 7/8 of it, as in the released code."""
+    return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
+
+
+def teacher_verdict(verdict, run, K):
+    """The verdict on z, with the teacher's entropy and KL in the last epoch: where KL is 0 nothing
+    is learned, and the entropy tells the two collapses apart (DINO, Section 5.3)."""
+    if not run.rows:
+        return verdict
+    entropy, kl = (run.rows[-1][k] / math.log(K) for k in ("entropy", "kl"))
+    word, _, figures = verdict.partition(":")
+    if kl < 0.01 and entropy > 0.95:
+        word = "uniform teacher"
+    elif kl < 0.01 and entropy < 0.05:
+        word = "one-hot teacher"
+    return f"{word}:{figures}, teacher's entropy {entropy:.2f} of ln K, KL {kl:.3f}"
+
+
+def evaluate(net, data, args, run, test=False):
+    """Is z healthy, and how well do h and z tell the classes apart?
+
+    On validation images; with test on the test images, beside the floors: h of the untrained
+    network and raw pixels.
     """
-    score = {d: linear_probe(*parts[0], *parts[1], d) for d in (1.0, 1e-1, 1e-2, 1e-3, 1e-4)}
-    best = max(score, key=score.get)
-    bank = [torch.cat(t) for t in zip(*parts[:-1])]
-    linear = linear_probe(*bank, *parts[2], best) if len(parts) > 2 else score[best]
-    return linear, knn(*bank, *parts[-1], args.knn_k, args.knn_tau)
+    net.eval()
+    run.broadcast(net)
+
+    def two_views(views):  # as in training
+        (h, z1, _), (_, z2, _) = map(net, augment(views, args))
+        return h, z1, z2
+
+    results = common.health(*common.embed(two_views, data.val, crops(args)[:1], run,
+                                            limit=1024))
+    results["verdict"] = teacher_verdict(results["verdict"], run, args.out_dim)
+    view, small = central(args.image_size), central(min(args.image_size, 32))
+    if data.labelled:
+        splits = data.splits(test)
+        results |= accuracies(lambda x: net(*x)[:2], ["", "head_"], view, splits, run)
+    if data.labelled and test:
+        floor = build(args).to(run.device).eval()
+        results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+    net.train()
+    return run.report(results, test)
+
+
+def loading(args):
+    """Python that rebuilds the backbone with timm, which knows the released names; printed at the
+    end of a run."""
+    dim, depth, heads, _ = BACKBONES[args.arch]
+    more = ""
+    if args.registers:
+        more += f",\n    reg_tokens={args.registers}, no_embed_class=True"
+    if args.ffn == "swiglu":
+        ratio = (2 * SwiGLU(dim).w3.in_features + 0.5) / dim
+        more += (",\n    mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU, "
+                 f"mlp_ratio={ratio}")
+    return ("import torch, timm\nfrom timm.models import vision_transformer\n\n"
+            "class ViT(vision_transformer.VisionTransformer):\n"
+            "    def load_state_dict(self, weights):  # with the released names\n"
+            "        weights = vision_transformer.checkpoint_filter_fn(weights, self)\n"
+            f"        return super().load_state_dict(weights)\n\nnet = ViT(  # {args.arch}\n"
+            f"    img_size={args.image_size}, patch_size={args.patch_size}, embed_dim={dim}, "
+            f"depth={depth}, num_heads={heads},\n    num_classes=0, init_values=1.0{more})")
+
+
+# ==================================================================================================
+# Backbone
+# ==================================================================================================
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (N, T, D) -> same."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, T, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, D / heads) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    """x gamma, gamma (D,) learned (Touvron et al. 2021)."""
+
+    def __init__(self, dim, gamma):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), gamma))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) w2 x) (Shazeer 2020), w1 and w2 in one; width as in the released code."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * value)
+
+
+class ScaledBlock(nn.Module):
+    """Pre-norm transformer block with LayerScale: (N, T, D) -> same. In training each residual
+    branch is computed for a random part of the images alone, without a share of drop_path."""
+
+    def __init__(self, dim, heads, ffn="mlp", layer_scale=1.0, drop_path=0.0):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        if ffn == "swiglu":
+            self.mlp = SwiGLU(dim)
+        else:
+            self.mlp = nn.Sequential(OrderedDict(
+                fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.ls2 = LayerScale(dim, layer_scale)
+
+    def forward(self, x):
+        x = self.add(x, lambda x: self.ls1(self.attn(self.norm1(x))))
+        return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
+
+    def add(self, x, branch):
+        """x + branch(x): (N, T, D)."""
+        if not self.training or self.drop_path == 0:
+            return x + branch(x)
+        n = len(x)
+        kept = max(int(n * (1 - self.drop_path)), 1)
+        some = torch.randperm(n, device=x.device)[:kept]
+        return torch.index_add(x, 0, some, branch(x[some]).to(x.dtype), alpha=n / kept)
+
+
+def resized(pos_embed, height, width, registers):
+    """Position embeddings (1, 1 + T, D) of a square grid for one of height x width patches.
+
+    Bicubic, as in the released networks: with registers to a size, with antialiasing, without by a
+    factor with 0.1 added to the size. Other grids than squares stay as they are.
+    """
+    patches = pos_embed.shape[1] - 1
+    side = math.isqrt(patches)
+    if (height, width) == (side, side) or side**2 != patches:
+        return pos_embed
+    if registers:
+        how = {"size": (height, width), "antialias": True}
+    else:
+        how = {"scale_factor": ((height + 0.1) / side, (width + 0.1) / side)}
+    grid = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), mode="bicubic", **how)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).mT.to(pos_embed.dtype)], 1)
+
+
+class RegisterViT(nn.Module):
+    """Vision transformer: (N, 3, H, W) -> (N, 1 + R + T, D) after the final norm: class token, R
+    registers (Darcet et al. 2023), patches.
+
+    Names and shapes of the released weights. H, W: any multiples of the patch size.
+    """
+
+    def __init__(self, dim, depth, heads, ffn="mlp", patch_size=14, image_size=518, registers=0,
+                 layer_scale=1.0, drop_path=0.0, checkpoint=False):
+        super().__init__()
+        self.dim, self.patch_size = dim, patch_size
+        self.registers, self.checkpoint = registers, checkpoint
+        proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        self.blocks = nn.ModuleList(
+            ScaledBlock(dim, heads, ffn, layer_scale, drop_path) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        self.apply(init_linear)
+
+    def tokens(self, patches):
+        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + R + T, D): class token, registers, which
+        have no position, patches."""
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).mT], 1)
+        x = x + resized(self.pos_embed, *patches.shape[2:], self.registers)
+        if self.registers:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+        return x
+
+    def encode(self, patches):
+        x = self.tokens(patches)
+        for block in self.blocks:
+            if self.checkpoint:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.norm(x)
+
+    def forward(self, x):
+        return self.encode(self.patch_embed(x))
+
+
+def init_linear(m):
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+        nn.init.zeros_(m.bias)
 
 
 @torch.no_grad()
-def health(state, data, args, run):
-    """z of two views of up to 1024 validation images, in eval mode: figures and a verdict.
+def start_with_sines(vit):
+    """Position embeddings that start as sines and cosines of row and column, in waves from two
+    grids to two patches long, and linear layers of the blocks by Xavier's rule.
 
-    spread: standard deviation of the unit vectors z / |z|, times sqrt(D): 1 all over the sphere, 0
-    at a point. alignment: mean squared distance of two views; uniformity: log mean exp(-2 squared
-    distance) of two images (Wang & Isola 2020). rank: exponential of the entropy of the singular
-    values (RankMe, Garrido et al. 2023).
+    Our own choice, after MoCo v3, whose sines are fixed and have other wavelengths: with the
+    released start, a deviation of 0.02, patches of a narrow ViT outweigh their positions.
+    Test: test_start_with_sines.
     """
-    def both(x):
-        return [t for v in augment(x, args)[:2] for t in state[KEPT](v)[:2]]
-
-    part = data.val[0], data.val[1][:1024]
-    out = embed(both, crops(args), part, args, run, seed=(args.seed, 2**31))
-    h, z1, _, z2, _ = (t.nan_to_num(0, 0, 0) for t in out)
-    z1, z2 = F.normalize(z1), F.normalize(z2)
-    apart = torch.pdist(z1.cpu()).square()
-    rank = {k: torch.linalg.svdvals(x.cpu()) for k, x in (("h", h), ("z", z1))}
-    rank = {k: torch.special.entr(p / p.sum()).sum().exp().item() for k, p in rank.items()}
-    figures = {"spread": z1.std(0).mean().item() * z1.shape[1] ** 0.5,
-               "alignment": (z1 - z2).square().sum(1).mean().item(),
-               "uniformity": (-2 * apart).exp().mean().log().item(),
-               "rank_h": rank["h"], "rank_z": rank["z"]}
-    return figures | {"verdict": verdict(figures, z1.shape, args, state)}
+    side = math.isqrt(vit.pos_embed.shape[1] - 1)
+    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
+    angles = torch.arange(side).outer(waves)
+    line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim / 2)
+    vit.pos_embed[0, 1:] = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
+    for m in vit.blocks.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
 
 
-def verdict(figures, shape, args, state):
-    """The figures of z, which has this shape, and of the teacher in the last step, in words."""
-    spread, rank, D = figures["spread"], figures["rank_z"], shape[1]
-    flat = rank < 0.05 * min(shape)
-    word = "collapsed to a point" if spread < 0.1 else "dimensional collapse" if flat else "healthy"
-    said = f"z has spread {spread:.2f} of 1, rank {rank:.0f} of {D}"
-    H, KL = (state["teaching"] / math.log(args.out_dim)).tolist()  # nan before the first step
-    if H > 0.95 and KL < 0.01:
-        word = "uniform teacher"
-    elif H < 0.05 and KL < 0.01:
-        word = "one-hot teacher"
-    return f"{word}: {said}" + f", teacher's entropy {H:.2f} of ln K, KL {KL:.3f}" * (H >= 0)
+def vit_small(patch_size=14, image_size=518, registers=0):
+    return RegisterViT(*BACKBONES["vit_small"], patch_size, image_size, registers)
 
 
-def evaluate(state, data, args, run, test=False):
-    """Health and, where there are labels, top-1 of h and z, on validation or test images."""
-    net = state[KEPT].eval()
-    for b in net.buffers() if run.world > 1 else ():  # batch norm of CPU processes differs
-        dist.broadcast(b, 0)
-    results = health(state, data, args, run)
-    if data.labelled:
-        parts = [data.fit, data.val] + ([data.test] if test else [])
-        parts = [embed(lambda x: net(x[0])[:2], central(args), p, args, run) for p in parts]
-        results["linear_top1"], results["knn_top1"] = probes([(h, y) for h, _, y in parts], args)
-        results["head_linear_top1"], results["head_knn_top1"] = probes([p[1:] for p in parts], args)
-    top1 = [f"{k[:-5].replace('_', ' ')} {v:.1f}" for k, v in results.items() if k.endswith("top1")]
-    print(f"{'test' if test else 'validation'}: {', '.join(top1 + [results['verdict']])}")
-    net.train()
-    return results
+def vit_base(patch_size=14, image_size=518, registers=0):
+    return RegisterViT(*BACKBONES["vit_base"], patch_size, image_size, registers)
 
 
-def report(state, data, args, run):
-    """On the test set, read once: h and z beside the untrained network and raw pixels, a table."""
-    results = evaluate(state, data, args, run, test=True)
-    if data.labelled:
-        untrained, few = build(args).to(run.device).eval(), central(args, min(args.image_size, 32))
-        for name, f, view in (("untrained", lambda x: untrained(x[0])[:1], central(args)),
-                              ("pixels", lambda x: [x[0].flatten(1)], few)):
-            parts = [embed(f, view, p, args, run) for p in (data.fit, data.val, data.test)]
-            results[f"{name}_linear_top1"], results[f"{name}_knn_top1"] = probes(parts, args)
-        print(f"\ntop-1 in % on {len(data.test[1]):,} test images    linear   k-NN")
-        for label, k in (("h, before the head", ""), ("z, after the head", "head_"),
-                         ("h of the untrained network", "untrained_"),
-                         ("raw pixels, at most 32 x 32", "pixels_")):
-            print(f"{label:36} {results[k + 'linear_top1']:8.1f} {results[k + 'knn_top1']:6.1f}")
-    return results
+def vit_large(patch_size=14, image_size=518, registers=0):
+    return RegisterViT(*BACKBONES["vit_large"], patch_size, image_size, registers)
+
+
+def vit_giant(patch_size=14, image_size=518, registers=0):
+    return RegisterViT(*BACKBONES["vit_giant"], patch_size, image_size, registers)
+
+
+def fit_tokens(weights, net):
+    """Position embeddings of a file, resampled to the grid of net; a mask token, if it has none."""
+    weights.setdefault("backbone.mask_token", net.backbone.mask_token)
+    name = "backbone.pos_embed"
+    if name in weights:
+        side = math.isqrt(net.backbone.pos_embed.shape[1] - 1)
+        weights[name] = resized(weights[name], side, side, net.backbone.registers)
+    return weights
 
 
 def main(argv=None):
-    with common.Stop() as stop:
-        return train(options(argv), stop)
+    args = common.options("dinov2", __doc__, OPTIONS, argv)
+    with common.Run(args) as run:
+        net, data = train(args, run)
+        results = evaluate(net, data, args, run, test=True)
+        return run.finish(net.backbone, results, MEAN, STD, loading(args))
 
 
 if __name__ == "__main__":
