@@ -209,7 +209,7 @@ def ema_update(net_ema, net, m):
     """
     ema, new = list(net_ema.parameters()), list(net.parameters())
     weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)
-    torch._foreach_lerp_(ema, new, [weight] * len(new))  # in one pass; exact for m = 0 and 1
+    torch._foreach_lerp_(ema, new, [weight] * len(new))  # ema + (1 - m) (new - ema)
 
 
 def m_at(step, steps, m):
@@ -292,7 +292,7 @@ def train(args, run):
     optimizer = rule(groups, peak, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "net_ema": net_ema, "optimizer": optimizer, "scaler": scaler}
-    run.restore(state)  # --resume: goes on with the very step
+    run.restore(state)  # with --resume: continues at the step where the run stopped
     undo = common.Undo(net, net_ema)  # batch norm's statistics, should a step fail
     run.chance = {"loss": 2.0}  # where nothing is learned: p and z are orthogonal
     stop_gradient = not args.no_stop_gradient
@@ -316,7 +316,7 @@ def train(args, run):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            ok = run.update(optimizer, scaler, loss)  # unless loss or gradient is not finite
+            ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
             ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA: xi = m xi + (1 - m) theta
             undo(unless=ok)
             run.log(ok, loss=loss, lr=lr, m=m)
@@ -335,7 +335,8 @@ def train(args, run):
 def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
-    The L2 penalty is chosen on val. With test, the classifier is then made from fit and val.
+    The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
+    refit on fit and val together with that penalty. NaN for features that are not finite.
     """
     if not torch.isfinite(fit[0]).all():
         return math.nan
@@ -348,8 +349,8 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; every
-    fit starts where the one before has ended."""
+    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; each
+    fit starts from the result of the one before. x is standardised first."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
@@ -383,20 +384,20 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; of an image over 64 pixels 7/8 of it, as in the released code."""
+    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def evaluate(net, data, args, run, test=False):
     """Is z healthy, and how well do h and z tell the classes apart?
 
-    On validation images; with test on the test images, beside the floors: h of the untrained
-    network and raw pixels.
+    On validation images; with test on the test images, beside two baselines: h of the untrained
+    network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)
 
-    def two_views(views):  # as in training
+    def two_views(views):  # augmented as in training
         (h, z1, _), (_, z2, _) = map(net, augment(views, args))
         return h, z1, z2
 

@@ -3,36 +3,38 @@ Caron, Touvron, Misra, Jegou, Mairal, Bojanowski, Joulin, 2021, https://arxiv.or
 Slides: "Contrastive Learning: Distillation with No Labels (DINO)", "How does DINO work?".
 
 A student network has to predict, from any crop of an image, what a teacher network makes of
-another, larger crop: a distribution over K classes that nobody defined. The teacher is a slow
+another, global crop: a distribution over K classes that nobody defined. The teacher is a slow
 moving average of the student. Centring its outputs keeps one class from winning for every image,
-sharpening them keeps all classes from being equally likely.
+and sharpening them keeps all classes from being equally likely.
 
 Algorithm 1 of the paper with multi-crop, for a batch of N images:
     x1, x2, ... = augment(x)        2 global and L smaller local views      crops, augment
     s = g_s(x1, x2, ...)            student, all views                      DINO.forward
     t = g_t(x1, x2)                 teacher, the global views only          DINO.forward
-    L = mean of H(t_i, s_j)         over all pairs of different views       dino_loss
-        H(t, s) = -sum softmax((t - C) / tau_t) log softmax(s / tau_s)      H
+    loss = mean of H(t_i, s_j)      over all pairs of different views       dino_loss
+        H(t, s) = -sum softmax((t - C) / tau_t) log softmax(s / tau_s)      (H, inside dino_loss)
     update g_s                      AdamW, gradients clipped                train, clip_each
     g_t = m g_t + (1 - m) g_s       m rises to 1                            ema_update, cosine
     C = m_C C + (1 - m_C) mean(t)   after the loss                          update_center
 
 Symbols: x_i (N, 3, S, S) views in [0, 1]; h (V N, d) class tokens of V views; z (V N, 256) unit
 vectors before the last layer; s, t (N, K) raw outputs of student and teacher for a view; C (1, K)
-centre; tau_s, tau_t temperatures; m momentum. net is g_s, net_ema is g_t, which is kept.
+centre; tau_s, tau_t temperatures; m, m_C momenta (slide: l, m). net is g_s, net_ema is g_t, the one
+that is kept. In a ViT: P side of a patch, T patches of a view, D = d.
 
 Where this file departs from the paper and the released code:
-  - Schedules go by steps, that of tau_t too (released code: by epochs). Warm-ups are shares of the
-    run, and the rate ends at 0 (released code: 1e-6).
+  - tau_t is scheduled by steps (released code: by epochs). Warm-ups are shares of the run, and the
+    rate ends at 0 (released code: 1e-6). m starts lower on short runs.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic).
-  - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
+  - Small images are not blurred. Position embeddings of narrow ViTs start as sines.
   - The built-in set, on a CPU, has a smaller network, and batch norm in the head (an option of the
     released code): without it the teacher became uniform (lessons/dino_collapse.py).
-  - Of the three defaults only the last follows the released code, with a batch for one GPU; its
-    tau_t, which rises to 0.07, is that of the released runs over 300 and 800 epochs.
+  - Of the three columns of OPTIONS the last follows the released code, for one GPU, but tau_t and
+    norm_last_layer are of its ViT-S runs over 300 and 800 epochs (its defaults: 0.04, true).
 
     python dino.py      105 s on 2 CPU cores: 26.4 +- 1.4 % linear, 27.4 +- 0.7 % k-NN (3 seeds);
-                        the untrained network has 16.0 and 13.7 %, raw pixels have 29.6 and 48.5 %
+                        the untrained network has 16.0 and 13.7 %, raw pixels have 29.6 and 48.5 %:
+                        so small a run learns, but stays below raw pixels
 """
 
 import functools
@@ -64,7 +66,7 @@ SHARES = SHARE | {"nargs": 3}
 
 
 def momentum(args, n):
-    """m of a run on n images: a half-life of at most a twentieth of its steps, at least 0.9."""
+    """m at the start: 0.996 (paper), or less on a short run: half-life steps / 20, but m >= 0.9."""
     return min(0.996, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
 
@@ -74,7 +76,7 @@ def local_side(args, n):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# common.py adds --dataset, --seed, --amp, --resume and so on.
+# A function gets (args, number of images). common.py adds --dataset, --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
     # option              built-in    to 64 px    larger       allowed     meaning
     "arch":              ("vit_nano", "vit_tiny", "vit_small", NETS,       "backbone"),
@@ -87,7 +89,7 @@ OPTIONS = {  # fmt: skip
     "norm_last_layer":   (False,      False,      False,       FLAG,       "weight_g stays 1"),
     "tau_s":             (0.1,        0.1,        0.1,         POSITIVE,   "of the student"),
     "tau_t":             (0.04,       0.07,       0.07,        POSITIVE,   "teacher's, at the end"),
-    "tau_t_warmup":      (0.3,        0.3,        0.3,         SHARE,      "rise from 0.04: share"),
+    "tau_t_warmup":      (0.3,        0.3,        0.3,         SHARE,      "share of run to rise"),
     "center_m":          (0.9,        0.9,        0.9,         SHARE,      "m_C"),
     "no_centering":      (False,      False,      False,       FLAG,       "C stays 0"),
     "no_sharpening":     (False,      False,      False,       FLAG,       "tau_t is 1"),
@@ -200,7 +202,7 @@ class DINO(nn.Module):
     def forward(self, *views):
         h = []
         for size in dict.fromkeys(x.shape[-1] for x in views):
-            x = torch.cat([x for x in views if x.shape[-1] == size])
+            x = torch.cat([view for view in views if view.shape[-1] == size])
             x = self.backbone((x - self.mean) / self.std)
             h.append(x[:, 0] if x.ndim == 3 else x)  # of a ViT the class token
         h = torch.cat(h)
@@ -232,8 +234,8 @@ def H(t, s, center, tau_s, tau_t):
 
         H(t, s) = -sum_k softmax((t - C) / tau_t)_k log softmax(s / tau_s)_k
 
-    t, s: (N, K) raw outputs, center: (1, K) -> scalar. No gradient to t. For reading and tests:
-    dino_loss takes every softmax once. Test: test_h_equation.
+    t, s: (N, K) raw outputs, center: (1, K) -> scalar. No gradient to t. For reading and tests
+    only: train calls dino_loss, which computes each softmax once. Test: test_h_equation.
     """
     t = F.softmax((t.detach() - center) / tau_t, dim=1)  # centre and sharpen
     return -(t * F.log_softmax(s / tau_s, dim=1)).sum(1).mean()
@@ -244,7 +246,8 @@ def dino_loss(student, teacher, center, tau_s, tau_t):
     which has the sum).
 
     student, teacher: lists of (N, K), one for each view; the teacher's views are the first of the
-    student's -> scalar. No gradient to the teacher. Test: test_dino_loss_equation.
+    student's -> scalar. H is linear in t: for each s_j, the t_i with i != j are added up first.
+    No gradient to the teacher. Test: test_dino_loss_equation.
     """
     t = [F.softmax((view.detach() - center) / tau_t, dim=1) for view in teacher]
     t_sum, pairs, loss = sum(t), len(teacher) * (len(student) - 1), 0.0
@@ -275,13 +278,13 @@ def ema_update(net_ema, net, m):
     """
     ema, new = list(net_ema.parameters()), list(net.parameters())
     weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)
-    torch._foreach_lerp_(ema, new, [weight] * len(new))  # in one pass; exact for m = 0 and 1
+    torch._foreach_lerp_(ema, new, [weight] * len(new))  # ema + (1 - m) (new - ema)
 
 
 def update_center(center, teacher, m):
-    """C <- m C + (1 - m) mean of t (slide Algorithm 1; paper, equation 4), of raw outputs.
+    """C <- m C + (1 - m) mean of t (slide Algorithm 1; paper, equation 4); m is the header's m_C.
 
-    center: (1, K), teacher: (n, K), or its mean over all processes (1, K) -> (1, K).
+    center: (1, K), teacher: raw outputs t (n, K), or their mean over all processes -> (1, K).
     Test: test_center.
     """
     return m * center + (1 - m) * teacher.mean(0, keepdim=True)
@@ -305,9 +308,8 @@ def cosine(step, steps, start, end):
 
 
 def tau_at(step, steps, tau_t, warmup):
-    """The teacher's temperature: from 0.04 linearly to tau_t in this share of the run.
-
-    Test: test_tau_at.
+    """The teacher's temperature: from 0.04 linearly to tau_t over the first part of the run, the
+    share `warmup`; tau_t throughout where it is under 0.04. Test: test_tau_at.
     """
     share = min(1.0, step / (warmup * steps)) if warmup else 1.0
     return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
@@ -315,8 +317,8 @@ def tau_at(step, steps, tau_t, warmup):
 
 @torch.no_grad()
 def clip_each(net, length):
-    """Cut the gradient of every tensor to this length by itself, as the released code does, not of
-    all tensors together. Test: test_clip_each."""
+    """Clip the gradient of each tensor to this norm on its own, as the released code does, not the
+    norm of all together. Test: test_clip_each."""
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     norms = torch._foreach_norm(grads)
     torch._foreach_mul_(grads, [(length / (n + 1e-6)).clamp(max=1.0) for n in norms])
@@ -334,14 +336,14 @@ def check(args, steps):
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if args.arch in VITS and args.image_size % args.patch_size:
-        print("warning: the rest of a view beside whole patches is cut off, make --image-size a "
+        print("warning: pixels beyond the last whole patch are cut off, make --image-size a "
               "multiple of --patch-size")
     if args.local_crops and args.local_size >= args.image_size:
         print("warning: local views are not smaller than global ones, lower --local-size")
 
 
 def train(args, run):
-    """-> the trained teacher and the data."""
+    """-> the trained teacher (with --eval: the loaded one) and the data."""
     data = common.load_data(args, OPTIONS, run)
     N, K = args.batch_size, args.out_dim
     steps = args.epochs * data.per_epoch
@@ -354,7 +356,7 @@ def train(args, run):
     net = build(args, args.drop_path)
     net_ema = build(args)
     common.load_weights(net, args, branch=args.branch, adapt=fit_positions)  # of --init or --eval
-    net_ema.load_state_dict(net.state_dict())
+    net_ema.load_state_dict(net.state_dict())  # g_t = g_s
     net = run.place(net)
     net_ema = run.place(net_ema)
     net_ema.requires_grad_(False)  # stop-gradient: the teacher only follows, by moving average
@@ -374,9 +376,9 @@ def train(args, run):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "net_ema": net_ema, "center": center, "optimizer": optimizer,
              "scaler": scaler}
-    run.restore(state)  # --resume: goes on with the very step
-    undo = common.Undo(net, net_ema, center)  # batch norm's statistics and C, should a step fail
-    run.chance = {"loss": math.log(K), "entropy": math.log(K), "kl": 0.0}  # nothing is learned
+    run.restore(state)  # with --resume: continues at the step where the run stopped
+    undo = common.Undo(net, net_ema, center)  # puts back C and batch norm after a skipped step
+    run.chance = {"loss": math.log(K), "entropy": math.log(K), "kl": 0.0}  # of a uniform teacher
     center_m = 1.0 if args.no_centering else args.center_m  # with 1 the centre stays 0
 
     for epoch in run.epochs(data):
@@ -402,11 +404,11 @@ def train(args, run):
             scaler.unscale_(optimizer)
             clip_each(net, args.clip)
             if epoch < args.freeze_last_layer:
-                net.head.last_layer.zero_grad()
-            ok = run.update(optimizer, scaler, loss)  # unless loss or gradient is not finite
-            ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA: g_t = m g_t + (1 - m) g_s
+                net.head.last_layer.zero_grad()  # to None: AdamW skips it
+            ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
+            ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA; a skipped step: m = 1
             center.copy_(update_center(center, run.mean(t.mean(0, keepdim=True)), center_m))
-            undo(unless=ok)
+            undo(unless=ok)  # else C and batch norm's statistics as before the step
             run.log(ok, loss=loss, entropy=t_entropy, kl=loss - t_entropy, lr=lr, m=m, wd=wd,
                     tau_t=tau_t)
         # -- log and save
@@ -424,7 +426,8 @@ def train(args, run):
 def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
-    The L2 penalty is chosen on val. With test, the classifier is then made from fit and val.
+    The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
+    refit on fit and val together with that penalty. NaN for features that are not finite.
     """
     if not torch.isfinite(fit[0]).all():
         return math.nan
@@ -437,8 +440,8 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; every
-    fit starts where the one before has ended."""
+    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; each
+    fit starts from the result of the one before. x is standardised first."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
@@ -472,7 +475,7 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; of an image over 64 pixels 7/8 of it, as in the released code."""
+    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
@@ -493,13 +496,13 @@ def teacher_verdict(verdict, run, K):
 def evaluate(net, data, args, run, test=False):
     """Is z healthy, and how well do h and z tell the classes apart?
 
-    On validation images; with test on the test images, beside the floors: h of the untrained
-    network and raw pixels.
+    On validation images; with test on the test images, beside two baselines: h of the untrained
+    network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)
 
-    def two_views(views):  # as in training
+    def two_views(views):  # augmented as in training
         (h, z1, _), (_, z2, _) = map(net, augment(views, args))
         return h, z1, z2
 
@@ -538,7 +541,7 @@ def loading(args):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (N, T, D) -> same."""
+    """Multi-head self-attention: (N, 1 + T, D) -> same shape."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -570,7 +573,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def drop(self, x):
-        """Stochastic depth (Huang et al. 2016): 0 for whole images, the others scaled up."""
+        """Stochastic depth (Huang et al. 2016): 0 for some images, the rest scaled up."""
         if not self.training or self.drop_path == 0:
             return x
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
@@ -578,10 +581,10 @@ class Block(nn.Module):
 
 
 def resample(pos_embed, height, width):
-    """Position embeddings (1, 1 + T, D) of a square grid for one of height x width patches.
+    """Resize position embeddings (1, 1 + T, D) of a square grid to height x width patches.
 
-    The released code's formula: bicubic, by a factor with 0.1 added to the size. Other grids than
-    squares stay as they are.
+    The released code's formula: bicubic, with 0.1 added to height and width. Embeddings of a grid
+    that is not square are returned as they are.
     """
     patches = pos_embed.shape[1] - 1
     side = math.isqrt(patches)
@@ -661,7 +664,7 @@ vit_base = functools.partial(ViT, *VITS["vit_base"])
 
 
 def fit_positions(weights, net):
-    """Position embeddings of a file, resampled to the grid of net."""
+    """Resample the position embeddings among weights, in place, to the grid of net."""
     name = "backbone.pos_embed"
     if name in weights and name in net.state_dict():
         side = math.isqrt(net.backbone.pos_embed.shape[1] - 1)

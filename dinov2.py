@@ -67,6 +67,7 @@ Where this file departs from the paper and the released code:
                         the untrained network has 16.4 and 13.6 %, raw pixels have 29.6 and 48.5 %
 """
 
+import functools
 import math
 from collections import OrderedDict
 
@@ -83,7 +84,7 @@ from common import FLAG, FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, SWITCH
 # Options
 # ==================================================================================================
 
-BACKBONES = {  # width, depth, heads, feed-forward network of the released ones
+VITS = {  # width, depth, heads, feed-forward network of the released ones
     "vit_nano": (128, 3, 4, "mlp"),
     "vit_tiny": (192, 12, 3, "mlp"),
     "vit_small": (384, 12, 6, "mlp"),
@@ -100,7 +101,7 @@ NO_BLUR = (0.0, 0.0, 0.0)  # probabilities in u, v and local views
 
 def released(args, n):
     """The feed-forward network of the released model of this size."""
-    return BACKBONES[args.arch][3]
+    return VITS[args.arch][3]
 
 
 def local_side(args, n):
@@ -122,7 +123,7 @@ def m_to_992(args, n):
 # common.py adds --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option                   built-in    to 64 px    larger      allowed   meaning
-    "arch":                   ("vit_nano", "vit_tiny", "vit_small", one_of(BACKBONES), "backbone"),
+    "arch":                   ("vit_nano", "vit_tiny", "vit_small", one_of(VITS), "backbone"),
     "patch_size":             (8,          4,          14,         FROM_1,   "P, pixels"),
     "ffn":                    (released,   released,   released,   "mlp|swiglu", "feed-forward"),
     "layer_scale":            (1.0,        1e-5,       1e-5,       POSITIVE, "gamma at the start"),
@@ -342,7 +343,7 @@ class DINOv2(nn.Module):
 def build(args, drop_path=0.0):
     """The untrained network, the same for the same seed."""
     torch.manual_seed(args.seed)
-    dim, depth, heads, _ = BACKBONES[args.arch]
+    dim, depth, heads, _ = VITS[args.arch]
     backbone = RegisterViT(
         dim, depth, heads, args.ffn, args.patch_size, args.image_size, args.registers,
         args.layer_scale, drop_path, args.checkpoint_activations)
@@ -453,7 +454,7 @@ def ema_update(net_ema, net, m):
     """
     ema, new = list(net_ema.parameters()), list(net.parameters())
     weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)
-    torch._foreach_lerp_(ema, new, [weight] * len(new))  # in one pass; exact for m = 0 and 1
+    torch._foreach_lerp_(ema, new, [weight] * len(new))  # ema + (1 - m) (new - ema)
 
 
 def update_center(center, teacher, m):
@@ -562,7 +563,7 @@ def train(args, run):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "net_ema": net_ema, "centers": centers,
              "optimizer": optimizer, "scaler": scaler}
-    run.restore(state)  # --resume: goes on with the very step
+    run.restore(state)  # with --resume: continues at the step where the run stopped
     undo = common.Undo(centers)  # what a failed step must not change; there is no batch norm
     cls_weight = 0.0 if args.no_class_loss else 1.0
     patch_weight = 0.0 if args.no_token_loss else 1.0
@@ -600,7 +601,7 @@ def train(args, run):
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             clip_modules(net, args.clip)
-            ok = run.update(optimizer, scaler, loss)  # unless loss or gradient is not finite
+            ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
             ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA: g_t = m g_t + (1 - m) g_s
             for C, outputs in zip(centers, (t, t_patch)):  # centres
                 C.copy_(update_center(C, mean_of_all(outputs, run), center_m))
@@ -622,7 +623,8 @@ def train(args, run):
 def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
-    The L2 penalty is chosen on val. With test, the classifier is then made from fit and val.
+    The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
+    refit on fit and val together with that penalty. NaN for features that are not finite.
     """
     if not torch.isfinite(fit[0]).all():
         return math.nan
@@ -635,8 +637,8 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; every
-    fit starts where the one before has ended."""
+    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; each
+    fit starts from the result of the one before. x is standardised first."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
@@ -670,7 +672,7 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; of an image over 64 pixels 7/8 of it, as in the released code."""
+    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
@@ -691,13 +693,13 @@ def teacher_verdict(verdict, run, K):
 def evaluate(net, data, args, run, test=False):
     """Is z healthy, and how well do h and z tell the classes apart?
 
-    On validation images; with test on the test images, beside the floors: h of the untrained
-    network and raw pixels.
+    On validation images; with test on the test images, beside two baselines: h of the untrained
+    network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)
 
-    def two_views(views):  # as in training
+    def two_views(views):  # augmented as in training
         (h, z1, _), (_, z2, _) = map(net, augment(views, args))
         return h, z1, z2
 
@@ -719,7 +721,7 @@ def evaluate(net, data, args, run, test=False):
 def loading(args):
     """Python that rebuilds the backbone with timm, which knows the released names; printed at the
     end of a run."""
-    dim, depth, heads, _ = BACKBONES[args.arch]
+    dim, depth, heads, _ = VITS[args.arch]
     more = ""
     if args.registers:
         more += f",\n    reg_tokens={args.registers}, no_embed_class=True"
@@ -742,7 +744,7 @@ def loading(args):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (N, T, D) -> same."""
+    """Multi-head self-attention: (N, 1 + T, D) -> same shape."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -906,20 +908,10 @@ def start_with_sines(vit):
             nn.init.xavier_uniform_(m.weight)
 
 
-def vit_small(patch_size=14, image_size=518, registers=0):
-    return RegisterViT(*BACKBONES["vit_small"], patch_size, image_size, registers)
-
-
-def vit_base(patch_size=14, image_size=518, registers=0):
-    return RegisterViT(*BACKBONES["vit_base"], patch_size, image_size, registers)
-
-
-def vit_large(patch_size=14, image_size=518, registers=0):
-    return RegisterViT(*BACKBONES["vit_large"], patch_size, image_size, registers)
-
-
-def vit_giant(patch_size=14, image_size=518, registers=0):
-    return RegisterViT(*BACKBONES["vit_giant"], patch_size, image_size, registers)
+vit_small = functools.partial(RegisterViT, *VITS["vit_small"])  # (patch_size=14, ...)
+vit_base = functools.partial(RegisterViT, *VITS["vit_base"])
+vit_large = functools.partial(RegisterViT, *VITS["vit_large"])
+vit_giant = functools.partial(RegisterViT, *VITS["vit_giant"])
 
 
 def fit_tokens(weights, net):

@@ -278,7 +278,8 @@ class IBOT(nn.Module):
         x = (torch.cat(views) - self.mean) / self.std
         x = self.backbone.patch_embed(x)  # (V N, d, S / P, S / P)
         if masks is not None:  # before positions are added: the student knows where a patch is
-            x = torch.where(masks.unsqueeze(1), self.masked_embed.view(-1, 1, 1), x)
+            embed = self.masked_embed.view(-1, 1, 1)
+            x = torch.where(masks.unsqueeze(1), embed, x)
         return self.backbone.encode(x)
 
     def forward(self, *views, masks=None, with_patches=False):
@@ -353,7 +354,7 @@ def ibot_loss(s_cls, t_cls, s_patch, t_patch, masks, center, center_patch, tau_s
 
 
 def entropy(teacher, center, tau_t):
-    """Mean entropy of the teacher's n distributions (DINO, Figure 7): (n, K) -> scalar.
+    """Mean entropy of the teacher's n distributions (DINO's paper, Figure 7): (n, K) -> scalar.
 
     Test: test_entropy.
     """
@@ -373,7 +374,7 @@ def ema_update(net_ema, net, m):
     """
     ema, new = list(net_ema.parameters()), list(net.parameters())
     weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)
-    torch._foreach_lerp_(ema, new, [weight] * len(new))  # in one pass; exact for m = 0 and 1
+    torch._foreach_lerp_(ema, new, [weight] * len(new))  # ema + (1 - m) (new - ema)
 
 
 def update_center(center, teacher, m):
@@ -437,7 +438,7 @@ def check(args, steps):
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if args.image_size % args.patch_size:
-        print("warning: the rest of a view beside whole patches is cut off, make --image-size a "
+        print("warning: pixels beyond the last whole patch are cut off, make --image-size a "
               "multiple of --patch-size")
     if args.local_crops and args.local_size >= args.image_size:
         print("warning: local views are not smaller than global ones, lower --local-size")
@@ -478,7 +479,7 @@ def train(args, run):
     state = {"net": net, "net_ema": net_ema,
              "center": center, "center_patch": center_patch,
              "optimizer": optimizer, "scaler": scaler}
-    run.restore(state)  # --resume: goes on with the very step
+    run.restore(state)  # with --resume: continues at the step where the run stopped
     # batch norm's statistics, C and C', should a step fail
     undo = common.Undo(net, net_ema, center, center_patch)
     cls_weight = 0.0 if args.no_class_loss else 1.0
@@ -516,7 +517,7 @@ def train(args, run):
             clip_each(net, args.clip)
             if epoch < args.freeze_last_layer:
                 last_layers.zero_grad()
-            ok = run.update(optimizer, scaler, loss)  # unless loss or gradient is not finite
+            ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
             ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA: g_t = m g_t + (1 - m) g_s
             for C, outputs in ((center, t), (center_patch[0], t_patch.flatten(0, 1))):  # centres
                 C.copy_(update_center(C, run.mean(outputs.mean(0, keepdim=True)), args.center_m))
@@ -538,7 +539,8 @@ def train(args, run):
 def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
-    The L2 penalty is chosen on val. With test, the classifier is then made from fit and val.
+    The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
+    refit on fit and val together with that penalty. NaN for features that are not finite.
     """
     if not torch.isfinite(fit[0]).all():
         return math.nan
@@ -551,8 +553,8 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; every
-    fit starts where the one before has ended."""
+    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; each
+    fit starts from the result of the one before. x is standardised first."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
@@ -586,7 +588,7 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; of an image over 64 pixels 7/8 of it, as in the released code."""
+    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
@@ -607,13 +609,13 @@ def teacher_verdict(verdict, run, K):
 def evaluate(net, data, args, run, test=False):
     """Is z healthy, and how well do h and z tell the classes apart?
 
-    On validation images; with test on the test images, beside the floors: h of the untrained
-    network and raw pixels.
+    On validation images; with test on the test images, beside two baselines: h of the untrained
+    network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)
 
-    def two_views(views):  # as in training
+    def two_views(views):  # augmented as in training
         (h, z1, _), (_, z2, _) = map(net, augment(views, args))
         return h, z1, z2
 
@@ -646,7 +648,7 @@ def loading(args):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (N, T, D) -> same."""
+    """Multi-head self-attention: (N, 1 + T, D) -> same shape."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -678,7 +680,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def drop(self, x):
-        """Stochastic depth (Huang et al. 2016): 0 for whole images, the others scaled up."""
+        """Stochastic depth (Huang et al. 2016): 0 for some images, the rest scaled up."""
         if not self.training or self.drop_path == 0:
             return x
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
@@ -686,10 +688,10 @@ class Block(nn.Module):
 
 
 def resample(pos_embed, height, width):
-    """Position embeddings (1, 1 + T, D) of a square grid for one of height x width patches.
+    """Resize position embeddings (1, 1 + T, D) of a square grid to height x width patches.
 
-    The released code's formula: bicubic, by a factor with 0.1 added to the size. Other grids than
-    squares stay as they are.
+    The released code's formula: bicubic, with 0.1 added to height and width. Embeddings of a grid
+    that is not square are returned as they are.
     """
     patches = pos_embed.shape[1] - 1
     side = math.isqrt(patches)
@@ -774,8 +776,7 @@ def fit_positions(weights, net):
 
 def fit_released(weights, net):
     """Also of released files, where masked_embed is in the student's backbone alone."""
-    weights.setdefault("masked_embed",
-                       weights.pop("backbone.masked_embed", net.masked_embed))
+    weights.pop("backbone.masked_embed", None)  # of a backbone alone
     return fit_positions(weights, net)
 
 

@@ -808,7 +808,7 @@ def train(args, run):
     optimizer = rule(trained, peak, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "optimizer": optimizer, "scaler": scaler}
-    run.restore(state)  # --resume: goes on with the very step
+    run.restore(state)  # with --resume: continues at the step where the run stopped
     undo = common.Undo(net)  # batch norm's statistics, should a step fail
     if args.task in ("denoising", "inpainting"):
         net.chance = {"loss": sample.var(0, correction=0).mean().item()}  # of a mean image
@@ -830,7 +830,7 @@ def train(args, run):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            ok = run.update(optimizer, scaler, loss)  # unless loss or gradient is not finite
+            ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
             undo(unless=ok)
             run.log(ok, **figures, lr=lr)
         # -- log and save
@@ -849,7 +849,8 @@ def train(args, run):
 def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
-    The L2 penalty is chosen on val. With test, the classifier is then made from fit and val.
+    The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
+    refit on fit and val together with that penalty. NaN for features that are not finite.
     """
     if not torch.isfinite(fit[0]).all():
         return math.nan
@@ -862,8 +863,8 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; every
-    fit starts where the one before has ended."""
+    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; each
+    fit starts from the result of the one before. x is standardised first."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
@@ -897,22 +898,22 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; of an image over 64 pixels 7/8 of it, as in the released code."""
+    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def evaluate(net, data, args, run, test=False):
     """Is z healthy, and how well do h and z tell the classes apart?
 
-    On validation images; with test on the test images, beside the floors: h of the untrained
-    network and raw pixels. Only cpc and view compare vectors z. Elsewhere z is h, and as no value
+    On validation images; with test on the test images, beside two baselines: h of the untrained
+    network, and raw pixels. Only cpc and view compare vectors z. Elsewhere z is h, and as no value
     of h is negative it fills a corner of the sphere: a smaller spread is healthy. So it is for cpc,
     whose loss does not change where all z have a vector in common.
     """
     net.eval()
     run.broadcast(net)
 
-    def two_views(views):  # as in training
+    def two_views(views):  # augmented as in training
         (h, z1), (_, z2) = [features(net, x, args) for x in augment(views, args)]
         return h, z1, z2
 

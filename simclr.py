@@ -17,14 +17,14 @@ Algorithm 1 of the paper, for a batch of N images:
 Symbols: x1, x2 (N, 3, S, S) in [0, 1]; h (2N, d); z (2N, D), with halves z1 and z2; s (2N, 2N).
 The paper numbers the two views of image k as 2k - 1 and 2k; here they are k and k + N.
 
-Where this file departs from the paper:
+Where this file departs from the paper and the released code:
   - Crops are resized bilinearly, with antialiasing (paper: bicubic).
   - g has two layers, as in the paper, and batch norm after the first (released code: three layers
     by default, and batch norm after the last one as well). The last batch norm of a residual block
-    does not start at zero, as it does in the released code.
+    starts at one (released code: at zero).
   - LARS multiplies by the learning rate after the momentum (released code: before). The two are
     the same while the rate is constant. SGD, unlike LARS, decays biases and batch norm as well.
-  - The loss is the mean over the 2N anchors (released code: twice that).
+  - The loss is the mean over the 2N anchors, as in the paper (released code: twice that).
   - Small images are trained by SGD with temperature 0.2 (paper: LARS, 0.5). That recipe is our own
     choice, close to those of solo-learn and lightly for CIFAR-10.
 
@@ -55,18 +55,18 @@ ARCHS = {
 }
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones
-# (the paper's ImageNet setting). common.py adds --dataset, --seed, --amp, --resume and so on.
+# (the paper's ImageNet setting, but for N). common.py adds --dataset, --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed            meaning
     "arch":         ("resnet10", "resnet18", "resnet50", one_of(ARCHS),     "encoder f"),
-    "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",         "3x3: no max-pooling"),
+    "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",         "3x3: no max-pool"),
     "head":         ("mlp",      "mlp",      "mlp",      "none|linear|mlp", "g"),
     "dim":          (128,        128,        128,        FROM_1,            "D, width of z"),
     "temperature":  (0.2,        0.2,        0.1,        POSITIVE,          "tau"),
     "image_size":   (32,         64,         224,        PIXELS,            "S, side of a view"),
     "min_scale":    (0.5,        0.08,       0.08,       SHARE,             "least area of a crop"),
     "strength":     (0.5,        0.5,        1.0,        SHARE,             "of the colour jitter"),
-    "blur":         (0.0,        0.0,        0.5,        SHARE,             "its probability"),
+    "blur":         (0.0,        0.0,        0.5,        SHARE,             "probability"),
     "no_color":     (False,      False,      False,      FLAG,              "no jitter, no grey"),
     "no_crop":      (False,      False,      False,      FLAG,              "no random crops"),
     "epochs":       (8,          200,        100,        FROM_1,            "passes over the set"),
@@ -101,7 +101,7 @@ def augment(views, args):
             x = common.color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
             x = common.grey(x, p=0.2)
         if args.blur:
-            taps = args.image_size // 20 * 2 + 1  # odd, a tenth of the image
+            taps = args.image_size // 20 * 2 + 1  # size of the kernel: odd, a tenth of the image's
             x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=args.blur)
         augmented.append(x)
     return augmented
@@ -111,7 +111,7 @@ def augment(views, args):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network sees RGB in [0, 1] as it is
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for backbone.pt: RGB in [0, 1] as it is
 
 
 def resnet(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -162,7 +162,7 @@ def nt_xent(z1, z2, tau):
     """
     z = F.normalize(torch.cat([z1, z2]), dim=1)  # (2N, D), so that sim is the dot product
     s = z @ z.T / tau  # (2N, 2N)
-    s = s.fill_diagonal_(-math.inf)  # k != i
+    s.fill_diagonal_(-math.inf)  # k != i
     j = torch.arange(len(s), device=s.device).roll(len(z1))  # (2N,) partner of i: i + N or i - N
     return F.cross_entropy(s, j)  # mean of -s_ij + log sum_k exp(s_ik)
 
@@ -171,7 +171,7 @@ def nt_xent(z1, z2, tau):
 # EMA / queue / centre
 # ==================================================================================================
 
-# None: the negatives are the other images of the batch.
+# SimCLR has none of these: the negatives are the other images of the batch.
 
 # ==================================================================================================
 # Training
@@ -183,7 +183,7 @@ class LARS(torch.optim.SGD):
 
         v <- mu v + eta |w| / |g + wd w| (g + wd w),   w <- w - lr v      for each tensor w
 
-    Biases and normalisation (one dimension): v <- mu v + g.
+    With w or the gradient 0 the factor is 1. Biases and batch norm (one dimension): v <- mu v + g.
     """
 
     def __init__(self, params, lr, momentum, weight_decay, eta=0.001):
@@ -209,13 +209,13 @@ def lr_at(step, steps, warmup, peak):
 
 
 def check(args):
-    """Say what is known to go wrong before hours are spent on it."""
+    """Warn of what is known to go wrong before hours are spent on it."""
     if args.batch_size < 64:
-        print("warning: fewer than 64 images make few negatives, raise --batch-size")
+        print("warning: a batch of fewer than 64 images has few negatives, raise --batch-size")
 
 
 def train(args, run):
-    """-> the trained network and the data."""
+    """-> the trained network (with --eval: the loaded one) and the data."""
     data = common.load_data(args, OPTIONS, run)
     N, steps = args.batch_size, args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * N / 256
@@ -225,7 +225,7 @@ def train(args, run):
 
     # -- model
     net = build(args)
-    common.load_weights(net, args)  # of --init or --eval
+    common.load_weights(net, args)  # from the file of --init or --eval, if any
     net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
     model, aug = run.parallel(net), run.compiled(augment)
 
@@ -234,9 +234,9 @@ def train(args, run):
     optimizer = rule(net.parameters(), peak, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "optimizer": optimizer, "scaler": scaler}
-    run.restore(state)  # --resume: goes on with the very step
-    undo = common.Undo(net)  # batch norm's statistics, should a step fail
-    run.chance = {"loss": math.log(2 * N - 1)}  # where nothing is learned
+    run.restore(state)  # with --resume: continues at the step where the run stopped
+    undo = common.Undo(net)  # puts back batch norm's statistics after a skipped step
+    run.chance = {"loss": math.log(2 * N - 1)}  # where all embeddings are equal; for the log
 
     for epoch in run.epochs(data):
         for step, views in run.batches(data, epoch, crops(args)):
@@ -248,11 +248,11 @@ def train(args, run):
             with run.autocast():
                 _, z = model(torch.cat([x1, x2]))  # (2N, D)
             z1, z2 = z.float().chunk(2)  # (N, D) each
-            loss = nt_xent(run.gather(z1), run.gather(z2), args.temperature)
+            loss = nt_xent(run.gather(z1), run.gather(z2), args.temperature)  # of all GPUs
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            ok = run.update(optimizer, scaler, loss)  # unless loss or gradient is not finite
+            ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
             undo(unless=ok)
             run.log(ok, loss=loss, lr=lr)
         # -- log and save
@@ -270,7 +270,8 @@ def train(args, run):
 def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
-    The L2 penalty is chosen on val. With test, the classifier is then made from fit and val.
+    The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
+    refit on fit and val together with that penalty. NaN for features that are not finite.
     """
     if not torch.isfinite(fit[0]).all():
         return math.nan
@@ -283,8 +284,8 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; every
-    fit starts where the one before has ended."""
+    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; each
+    fit starts from the result of the one before. x is standardised first."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
@@ -318,20 +319,20 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; of an image over 64 pixels 7/8 of it, as in the released code."""
+    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def evaluate(net, data, args, run, test=False):
     """Is z healthy, and how well do h and z tell the classes apart?
 
-    On validation images; with test on the test images, beside the floors: h of the untrained
-    network and raw pixels.
+    On validation images; with test on the test images, beside two baselines: h of the untrained
+    network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)
 
-    def two_views(views):  # as in training
+    def two_views(views):  # augmented as in training
         (h, z1), (_, z2) = map(net, augment(views, args))
         return h, z1, z2
 

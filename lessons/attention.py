@@ -1,4 +1,4 @@
-"""What the class token looks at: self-attention, and objects cut out by it (DINO).
+"""What the class token attends to: self-attention, and objects cut out by it (DINO).
 
 Slides: Figure 1 (self-attention of the class token on the heads of the last layer), Figure 4 with
 its table: the patches that hold 60 % of a head's attention, against the object's true mask. Paper:
@@ -15,54 +15,57 @@ dino.py has hardly learned the classes. One of its four heads has most of it (28
     python dino.py
     python lessons/attention.py runs/dino-shapes-s0/last.pt
     python lessons/attention.py runs/dino-shapes-s0/last.pt --size 96
-    python lessons/attention.py runs/dino-cifar10-s0/backbone.pt --dataset PATH --size 128
-    python lessons/attention.py dino_deitsmall8_pretrain.pth --patch-size 8 --image dog.jpg
+    python lessons/attention.py runs/dino-cifar10-s0/backbone.pt --dataset cifar10 --size 128
+    python lessons/attention.py dino_deitsmall8_pretrain.pth --patch-size 8 --dataset PATH
 
-CHECKPOINT: last.pt or backbone.pt of dino.py, or a released file (--arch, --patch-size). Options
-that are not listed in --help go to dino.py (--device, --branch, --data-dir). On `shapes` the
-objects are known: there the table is made, with the same network untrained and trained with labels,
-on the images that dino.py had. Writes lessons/attention.csv, a line for each head, and
-lessons/attention.png: image, attention of every head, and what holds 60 % of it. Images are whole
-central squares: of `shapes` new ones, of other sets validation images, never of the test set.
+CHECKPOINT: last.pt or backbone.pt of dino.py, or a released file. Options that are not listed in
+--help are those of dino.py (--device, --patch-size); what is not given is as in the run.
+
+Writes lessons/attention.png: images and the attention of every head. On `shapes`, the default,
+where the objects are known, also what holds 60 % of the attention of the best head, and
+lessons/attention.csv, a line for each head: beside the checkpoint the same network with random
+weights and trained with labels, on the images that the checkpoint had. Images are whole central
+squares: of `shapes` new ones, of other sets validation images, never of the test set.
 """
 
-import argparse
-import copy
 import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
 import dino
+from lessons import checkpoint, shared
 
 OURS = "without labels"
 
 
-def network(path, args, others):
-    """The teacher of a checkpoint and the options that it was made with."""
-    found = common.read_checkpoint(path)
-    known = found.get("meta", found.get("args"))
-    options = dino.options(others)
-    if isinstance(known, dict):  # ours
-        vars(options).update({k: known.get(k, v) for k, v in vars(options).items() if k not in (
-            "device", "branch", "data_dir", "workers", "memory_limit")})
-    else:
-        options.arch, options.patch_size, options.image_size = args.arch, args.patch_size, 224
-        options.out_dim, options.hidden = 2, 2
-        if not (args.image or args.dataset):
-            common.fail(f"{path} does not say which images it is for: name --image or --dataset")
-    if options.arch not in dino.VITS:
-        common.fail(f"{path} holds a {options.arch}: attention takes one of {', '.join(dino.VITS)}")
-    net = dino.build(options)
-    dino.load_weights(net, path, options)
-    return net, options
+def attention_maps(vit, x):
+    """Self-attention of the last block: (N, 3, H, W) -> (N, heads, 1 + T, 1 + T). Row i says how
+    much token i takes from each token; the class token comes first."""
+    *blocks, last = vit.blocks
+    x = vit.tokens(vit.patch_embed(x))
+    for block in blocks:
+        x = block(x)
+    qkv = last.attn.qkv(last.norm1(x))
+    qkv = qkv.unflatten(2, (3, last.attn.heads, -1))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, 1 + T, D / heads) each
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    return s.softmax(-1)
+
+
+@torch.no_grad()
+def class_maps(net, x):
+    """Of the class token to the patches: (N, 3, S, S) in [0, 1] -> (N, heads, S / P, S / P)."""
+    net.eval()
+    side = x.shape[-1] // net.backbone.patch_size
+    x = x.to(net.mean.device)
+    w = attention_maps(net.backbone, (x - net.mean) / net.std)
+    return w[:, :, 0, 1:].unflatten(2, (side, side)).cpu()
 
 
 def holding(attention, mass):
@@ -70,166 +73,111 @@ def holding(attention, mass):
     released visualize_attention.py)."""
     value, index = attention.sort(dim=-1)
     share = value.cumsum(-1) / value.sum(-1, keepdim=True)
-    return torch.zeros_like(attention, dtype=torch.bool).scatter(-1, index, share > 1 - mass)
-
-
-def jaccard(found, truth):
-    """(..., H, W) bool -> (...): intersection over union."""
-    return (found & truth).sum((-2, -1)) / (found | truth).sum((-2, -1)).clamp(min=1)
-
-
-@torch.no_grad()
-def maps(net, images, run):
-    """images (N, 3, S, S) in [0, 1] -> attention of the class token to the patches, (N, heads,
-    S / P, S / P)."""
-    net, side, parts = net.eval().to(run.device), images.shape[-1] // net.backbone.patch_size, []
-    for x in images.split(256):
-        w = net.backbone.attention((x.to(run.device) - net.mean) / net.std)  # (n, heads, T, T)
-        parts.append(w[:, :, 0, 1:].unflatten(2, (side, side)).float().cpu())
-    return torch.cat(parts)
+    none = torch.zeros_like(attention, dtype=torch.bool)
+    return none.scatter(-1, index, share > 1 - mass)
 
 
 def masks(attention, mass, size):
     """Maps (N, heads, h, w) -> what holds this share, in pixels (N, heads, size, size)."""
     kept = holding(attention.flatten(2), mass).view_as(attention)
-    return F.interpolate(kept.float(), size=(size, size)) > 0.5  # nearest
+    return F.interpolate(kept.float(), size) > 0.5  # nearest
 
 
-def supervised(data, options, epochs, run):
-    """The same backbone trained with labels on the images that dino.py had but for those of the
-    validation: crops and flips, AdamW, half a cosine -> network, top-1 on those in %."""
-    net = copy.deepcopy(dino.build(options)).to(run.device)
-    net.classifier = nn.Linear(net.backbone.dim, 1 + int(data.train.labels.max())).to(run.device)
+def jaccard(found, truth):
+    """(..., H, W) bool -> (...): intersection over union."""
+    both = (found & truth).sum((-2, -1))
+    either = (found | truth).sum((-2, -1))
+    return both / either.clamp(min=1)
+
+
+def supervised(data, epochs, run):
+    """The same network trained with labels on the images that dino.py had but for those of the
+    validation: crops and flips, AdamW, half a cosine."""
+    args = run.args
     images, index = data.fit
-    size, batch = options.image_size, min(64, len(index))
-    weights = [*net.backbone.parameters(), *net.classifier.parameters()]
-    optimizer = torch.optim.AdamW(weights, 1e-3, weight_decay=0.05)
-    steps = epochs * (len(index) // batch)
-    crop = [common.Crop(size, (0.5, 1.0), (3 / 4, 4 / 3))]
+    labels = images.labels.to(run.device)
+    net = dino.build(args)
+    net.classifier = nn.Linear(net.backbone.dim, 1 + int(labels.max()))
+    net.to(run.device)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    crop = [common.Crop(args.image_size, (0.5, 1.0), ratio=(3 / 4, 4 / 3))]
+    batch = min(64, len(index))
+    per_epoch = len(index) // batch
+    steps = epochs * per_epoch
+    step = 0
     for epoch in range(epochs):
-        shuffle = torch.Generator().manual_seed(options.seed * 2**20 + epoch)
-        order = index[torch.randperm(len(index), generator=shuffle)][: steps // epochs * batch]
-        for i, (views, at) in enumerate(common.batches(images, order, batch, crop, run.device,
-                                                       seed=(options.seed, epoch))):
-            step = epoch * (steps // epochs) + i
-            rate = 1e-3 * min(1, (step + 1) / max(steps // 10, 1))  # a tenth of warm-up
-            for group in optimizer.param_groups:
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            h = net(common.flip(views[0], p=0.5))[0]
+        mix = torch.Generator().manual_seed(args.seed * 2**20 + epoch)
+        order = index[torch.randperm(len(index), generator=mix)][: per_epoch * batch]
+        seed = (args.seed, epoch)
+        for (x,), i in common.batches(images, order, batch, crop, run.device, seed=seed):
+            lr = 1e-3 * min(1, (step + 1) / max(steps // 10, 1))  # a tenth of warm-up
+            lr = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = lr
+            h = net(common.flip(x, p=0.5))[0]
+            loss = F.cross_entropy(net.classifier(h), labels[i])
             optimizer.zero_grad()
-            F.cross_entropy(net.classifier(h), images.labels[at].to(run.device)).backward()
+            loss.backward()
             optimizer.step()
-    right, (images, index) = 0, data.val
-    with torch.no_grad():
-        net.eval()
-        for (x,), at in common.batches(images, index, 256, [common.Crop(size, 1.0)], run.device):
-            right += (net.classifier(net(x)[0]).argmax(1).cpu() == images.labels[at]).sum().item()
-    return net, 100 * right / len(index)
+            step += 1
+    net.eval()
+    crop = [common.Crop(args.image_size, 1.0)]
+    s, y = common.embed(lambda views: [net.classifier(net(*views)[0])], data.val, crop, run)
+    correct = s.argmax(1) == y
+    print(f"supervised: {100 * correct.float().mean():.1f} % on validation images")
+    return net
 
 
-def load_images(args, options, size, run):
-    """Images (n, 3, size, size), and of `shapes` their masks (n, size, size), else None."""
-    if args.image:
-        try:
-            image = common.rgb(Image.open(args.image))
-        except Exception as error:  # whatever its decoder likes
-            common.fail(f"--image {args.image} cannot be read ({type(error).__name__})")
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        box = common.central_boxes(torch.tensor([x.shape[2:]]), 1.0)
-        return common.crop_resize(x, box, size), None
-    if options.dataset == "shapes":  # neither training (seed 0) nor test images (1)
-        x, _, truth, _ = common.shapes(args.images, size, seed=2)
-        return x / 255, truth
-    data = common.Data(options.dataset, options.data_dir, options.limit)
-    data.read(size, run.device, options.memory_limit, options.workers)
-    images, index = data.val
-    crop = [common.Crop(size, 1.0)]
-    views = common.batches(images, index[: args.images], 256, crop, run.device, options.workers)
-    return torch.cat([v[0].cpu() for v, _ in views]), None
+def measure(nets, x, truth, mass):
+    """-> lines of the table: network, head, Jaccard, share of the image; and, by network, the masks
+    of the head that fits an image best (n, S, S), as in the paper."""
+    lines, best = [], {}
 
+    def add(name, head, mask):
+        score = 100 * jaccard(mask, truth).mean()
+        area = 100 * mask.float().mean()
+        lines.append([name, head, f"{score:.1f}", f"{area:.1f}"])
 
-def figure(path, x, shown, best, mass):
-    """A row per image. shown: maps of the checkpoint; best: title -> masks (n, S, S)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("matplotlib is not installed: no picture")
-    heads, size = shown.shape[1], x.shape[-1]
-    columns = {"image": x.permute(0, 2, 3, 1)}
-    columns |= {f"head {i + 1}": shown[:, i] for i in range(heads)}
-    columns |= {title: x.permute(0, 2, 3, 1) * (0.15 + 0.85 * m.unsqueeze(-1))
-                for title, m in best.items()}
-    whole = Figure(figsize=(1.4 * len(columns), 1.4 * len(x) + 0.5), layout="constrained")
-    for row, axes in enumerate(whole.subplots(len(x), len(columns), squeeze=False)):
-        for ax, (title, pictures) in zip(axes, columns.items()):
-            ax.imshow(pictures[row].numpy(), extent=(0, size, size, 0), interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            if row == 0:
-                ax.set_title(title, fontsize=8)
-    whole.suptitle(f"Self-attention of the class token, last block; masks hold {mass:.0%} of it",
-                   fontsize=9)
-    whole.savefig(path, dpi=110)
+    for name, net in nets.items():
+        found = masks(class_maps(net, x), mass, x.shape[-1])  # (n, heads, S, S)
+        for i, mask in enumerate(found.unbind(1), 1):
+            add(name, str(i), mask)
+        head = jaccard(found, truth.unsqueeze(1)).argmax(1)
+        best[name] = found[torch.arange(len(x)), head]
+        add(name, "best", best[name])
+    add("whole image", "", torch.ones_like(truth))  # what needs no attention
+    return lines, best
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("checkpoint", help="last.pt or backbone.pt of dino.py, or a released file")
-    p.add_argument("--image", metavar="FILE", help="one image, in place of a set")
-    p.add_argument("--dataset", help="shapes, a torchvision set or a folder (that of the run)")
-    p.add_argument("--images", type=int, default=400, help="of the set (400)")
-    p.add_argument("--shown", type=int, default=6, help="of them in the picture (6)")
-    p.add_argument("--size", type=int, help="side in pixels (as in training)")
-    p.add_argument("--mass", type=float, default=0.6, help="share of attention in a mask (0.6)")
-    p.add_argument("--supervised-epochs", type=int, default=12, help="with labels; 0: not (12)")
-    p.add_argument("--arch", default="vit_small", help="of a released file (vit_small)")
-    p.add_argument("--patch-size", type=int, default=16, help="of a released file (16)")
-    p.add_argument("--out", default=str(Path(__file__).parent), help="folder of CSV and PNG")
-    args, others = p.parse_known_args(argv)
-    net, options = network(args.checkpoint, args, others)
-    run, patch = common.setup(options.device), options.patch_size
-    options.dataset = args.dataset or options.dataset
-    size = (args.size or options.image_size) // patch * patch
-    if not size:
-        common.fail(f"--size {args.size} is less than a patch of {patch} pixels")
-    x, truth = load_images(args, options, size, run)
-    nets, top1 = {OURS: net}, {}
+    p = checkpoint.parser(__doc__)
+    p.add_argument("--shown", **common.FROM_1, default=6, help="in the picture (6)")
+    p.add_argument("--mass", **common.SHARE, default=0.6, help="of attention in a mask (0.6)")
+    p.add_argument("--supervised-epochs", **common.FROM_0, default=12, help="0: not (12)")
+    own, options = p.parse_known_args(argv)
+    net, data, run = checkpoint.load(dino, own, options)
+    x, _, truth = checkpoint.images(own, run.args.image_size, data, run)
+    shown = x[: own.shown]
+    columns = {"image": shown}
+    for i, head in enumerate(class_maps(net, shown).unbind(1), 1):
+        columns[f"head {i}"] = head
+    lines = []
     if truth is not None:
-        nets["random weights"] = dino.build(options)
-        if args.supervised_epochs:
-            data = common.Data("shapes", limit=options.limit)
-            data.read(options.image_size, run.device, 8, 0)
-            nets["supervised"], top1["supervised"] = supervised(
-                data, options, args.supervised_epochs, run)
-    rows, best, shown = [], {}, maps(net, x[: args.shown], run)
-    for name, f in nets.items():
-        found = masks(maps(f, x, run), args.mass, size)  # (N, heads, S, S)
-        area = found.float().mean((0, 2, 3))
-        scores = jaccard(found, truth[:, None]) if truth is not None else None  # (N, heads)
-        for i in range(found.shape[1]):
-            score = "" if scores is None else f"{100 * scores[:, i].mean():.1f}"
-            rows.append([name, str(i + 1), score, f"{100 * area[i]:.1f}"])
-        if scores is None:
-            best |= {f"mask {i + 1}": found[: args.shown, i] for i in range(found.shape[1])}
-            continue
-        top, head = scores.max(1)  # of every image, as the paper
-        chosen = found[torch.arange(len(x)), head]
-        rows.append([name, "best", f"{100 * top.mean():.1f}",
-                     f"{100 * chosen.float().mean():.1f}"])
-        best[name] = chosen[: args.shown]
-    if truth is not None:
-        best["the object"] = truth[: args.shown]
-        whole = jaccard(torch.ones_like(truth), truth).mean()  # what needs no attention
-        rows.append(["whole image", "", f"{100 * whole:.1f}", "100.0"])
-    keys = ["network", "head", "jaccard", "share_of_image"]
-    common.write(f"{args.out}/attention.csv", "".join(",".join(r) + "\n" for r in [keys, *rows]))
-    figure(f"{args.out}/attention.png", x[: args.shown], shown, best, args.mass)
-    print(f"\n{len(x)} images of {size} x {size} pixels, {args.mass:.0%} of the attention, in %")
-    print(f"{'':20}{'head':>6}{'Jaccard':>10}{'share of image':>17}")
-    for name, head, score, area in rows:
-        print(f"{name:20}{head:>6}{score:>10}{area:>17}")
-    for name, value in top1.items():
-        print(f"{name}: top-1 {value:.1f} % on validation images")
-    return rows
+        nets = {OURS: net}
+        nets["random weights"] = dino.build(run.args).to(run.device)
+        if own.supervised_epochs:
+            nets["supervised"] = supervised(data, own.supervised_epochs, run)
+        lines, best = measure(nets, x, truth, own.mass)
+        best["the object"] = truth
+        for name, mask in best.items():
+            columns[name] = checkpoint.lit(shown, mask[: own.shown])
+        rows = [["network", "head", "jaccard", "share_of_image"], *lines]
+        text = "".join(",".join(row) + "\n" for row in rows)
+        common.write(f"{own.out}/attention.csv", text)
+        for row in rows:
+            print("{:20}{:>6}{:>10}{:>17}".format(*row))
+    size = (1.4 * len(columns), 1.4 * len(shown))
+    shared.figure(f"{own.out}/attention.png", size, checkpoint.grid, columns)
+    return lines
 
 
 if __name__ == "__main__":

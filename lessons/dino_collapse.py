@@ -16,22 +16,21 @@ recipe, and not here.
     python lessons/dino_collapse.py --dataset cifar10 --epochs 50 --seeds 3
 
 Options that are not listed in --help go to dino.py. The head has no batch norm here, as in the
-paper: it centres by itself (--head-bn shows it). Writes lessons/dino_collapse.csv, a line for every
-few steps of a run, and lessons/dino_collapse.png. What is said of the features is of validation
-images, never of the test set.
+paper: batch norm centres, too (--head-bn shows it). Writes lessons/dino_collapse.csv, a line for
+every few steps of a run, and lessons/dino_collapse.png. Top-1 and verdict are of validation images,
+never of the test set.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
 import dino
+from lessons import shared
 
 RUNS = {
     "DINO": [],
@@ -39,88 +38,67 @@ RUNS = {
     "no sharpening": ["--no-sharpening"],
     "neither of the two": ["--no-centering", "--no-sharpening"],
 }
-TERMS = {"entropy": "entropy of the teacher", "kl": "KL(teacher, student)"}
-SAID = ["linear_top1", "knn_top1"]
+TERMS = {"loss": "", "entropy": "entropy of the teacher", "kl": "KL(teacher, student)"}
 
 
-def observed(argv, every):
-    """A run of dino.py -> its results, and a row for every so many steps: means of loss, entropy
-    and KL."""
-    terms, update = [], dino.clipped_update
+class StepRun(common.Run):
+    """A run that keeps the terms of the loss of every step, not only their means over an epoch."""
 
-    def looking(*given):
-        losses, finite = update(*given)
-        terms.append(losses)  # read at the end: to read is to wait for a GPU
-        return losses, finite
+    def __init__(self, args):
+        super().__init__(args)
+        self.kept = []
 
-    # In place of the report on test images: the evaluation on validation images.
-    with (mock.patch.object(dino, "clipped_update", looking),
-          mock.patch.object(dino, "report", dino.evaluate)):
-        results = dino.main(argv)
-    chunks, step, rows = torch.stack(terms).cpu().split(every), 0, []
-    for chunk in chunks:
-        step += len(chunk)
-        rows.append({"step": step} | dict(zip(("loss", *TERMS), chunk.nanmean(0).tolist())))
-    return results, rows
+    def log(self, ok, **figures):
+        super().log(ok, **figures)
+        terms = torch.stack([figures[k].detach() for k in TERMS])
+        self.kept.append(self.mean(terms))  # read at the end: to read from a GPU is to wait for it
+
+    def means(self, every):
+        """A row for every so many steps."""
+        rows, step = [], 0
+        for part in torch.stack(self.kept).cpu().split(every):
+            step += len(part)
+            rows.append({"step": step} | dict(zip(TERMS, part.nanmean(0).tolist())))
+        return rows
 
 
-def figure(path, rows, chance):
-    """Figure 7: a line per run, the mean of its seeds."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("matplotlib is not installed: no picture")
-    whole = Figure(figsize=(10, 4), layout="constrained")
-    for ax, (key, title) in zip(whole.subplots(1, 2), TERMS.items()):
-        for style, name in zip(("-", "-", "-", "--"), RUNS):  # the last two may lie on each other
-            lines = {}
-            for row in (row for row in rows if row["run"] == name):
-                lines.setdefault(row["step"], []).append(row[key])
-            means = [sum(v) / len(v) for v in lines.values()]
-            ax.plot(list(lines), means, style, label=name, alpha=0.8)
-        ax.set(title=title, xlabel="step")
-        ax.axhline(0, ls=":", c="grey")
-    whole.axes[0].axhline(chance, ls=":", c="grey")
-    for ax, y, text in ((0, chance, "ln K: all classes alike"), (0, 0, "one class for all images"),
-                        (1, 0, "nothing left to learn")):
-        whole.axes[ax].annotate(text, (0, y), fontsize=8, color="grey", va="bottom")
-    whole.axes[0].margins(y=0.1)
-    whole.axes[1].legend(fontsize=8)
-    whole.savefig(path)
+def draw(whole, means, K):
+    """Figure 7: a line for each run; means: a row for each run and so many steps."""
+    left, right = whole.subplots(1, 2)
+    for ax, key in ((left, "entropy"), (right, "kl")):
+        shared.lines(ax, means, "run", "step", key)
+        ax.lines[-1].set_linestyle("--")  # it may lie on the line before
+        ax.set(title=TERMS[key])
+    left.margins(y=0.1)
+    right.legend(fontsize=8)
+    for ax, level, text in ((left, math.log(K), "ln K: all classes alike"),
+                            (left, 0, "one class for all images"),
+                            (right, 0, "nothing left to learn")):
+        ax.axhline(level, ls=":", c="grey")
+        ax.annotate(text, (0, level), fontsize=8, color="grey", va="bottom")
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = shared.parser(__doc__, "dino_collapse", epochs=6)
     p.add_argument("--limit", type=int, default=2000, help="training images (2000)")
-    p.add_argument("--epochs", type=int, default=6, help="of each run (6)")
-    p.add_argument("--seeds", type=int, default=1, help="number of seeds (1)")
-    p.add_argument("--every", type=int, default=5, help="steps in a line of the CSV (5)")
-    p.add_argument("--runs", default="runs/lessons/dino_collapse", help="folder of the runs")
-    p.add_argument("--out", default=str(Path(__file__).parent), help="folder of CSV and PNG")
-    args, others = p.parse_known_args(argv)
+    p.add_argument("--every", **common.FROM_1, default=5, help="steps in a line of the CSV (5)")
+    own, options = p.parse_known_args(argv)
+    options = ["--limit", own.limit, "--no-head-bn", *options]
     rows, ends = [], []
-    for seed in range(args.seeds):
-        for name, change in RUNS.items():
-            own = ["--limit", str(args.limit), "--epochs", str(args.epochs), "--seed", str(seed),
-                   "--eval-every", "0", "--no-head-bn", *others, *change,
-                   "--out", f"{args.runs}/{name.replace(' ', '-')}-s{seed}"]
-            print(f"\n{name}")
-            results, steps = observed(own, args.every)
-            word = {"verdict": results["verdict"].split(":")[0]}
-            ends.append({"run": name, "seed": seed} | steps[-1]
-                        | {k: results[k] for k in SAID if k in results} | word)
-            rows += [{"run": name, "seed": seed} | row | word for row in steps]
-
-    def lines(rows):
-        return [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in row.values()]
-                for row in rows]
-
-    table = [list(rows[0]), *lines(rows)]
-    common.write(f"{args.out}/dino_collapse.csv", "".join(",".join(c) + "\n" for c in table))
-    figure(f"{args.out}/dino_collapse.png", rows, math.log(results["out_dim"]))
-    print(f"\nthe last {args.every} steps; ln K is {math.log(results['out_dim']):.3f}")
-    for line in [list(ends[0]), *lines(ends)]:
-        print(f"{line[0]:20}" + "".join(f"{cell:>13}" for cell in line[1:-1]) + f"  {line[-1]}")
+    for seed in range(own.seeds):
+        for name, flags in RUNS.items():
+            _, _, run = shared.train(dino, own, name, seed, [*options, *flags], StepRun)
+            last = run.rows[-1]
+            same = {"run": name, "seed": seed, "verdict": last["verdict"].split(":")[0]}
+            rows += [row | same for row in run.means(own.every)]
+            ends.append(last | rows[-1])
+    shared.write_csv(f"{own.out}/dino_collapse.csv", rows,
+                     ["run", "seed", "step", *TERMS, "verdict"])
+    means = shared.over_seeds(rows, ["run", "step"], TERMS)
+    shared.figure(f"{own.out}/dino_collapse.png", (10, 4), draw, means, run.args.out_dim)
+    print(f"\nthe last {own.every} steps; ln K is {math.log(run.args.out_dim):.3f}")
+    shown = ["run", "seed", *TERMS, "linear_top1", "knn_top1", "verdict"]
+    shared.show(ends, [k for k in shown if k in ends[0]])
 
 
 if __name__ == "__main__":

@@ -28,12 +28,9 @@ Options that are not listed in --help go to pretext.py. Writes lessons/pretext_t
 the validation images, never of the test set.
 """
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -42,123 +39,99 @@ import torch.nn.functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
 import pretext
+from lessons import shared
 
-TASKS = {task: ["--task", task] for task in pretext.TASKS}
-GUARDS = {name: flags.split() for name, flags in {
-    "rotation": "--task rotation", "light from above": "--task rotation --shade 0",
+TASKS = {task: f"--task {task}" for task in pretext.TASKS}
+GUARDS = {
+    "rotation": "--task rotation",
+    "light from above": "--task rotation --shade 0",
     "turns by interpolation": "--task rotation --without exact",
-    "patch": "--task patch", "no gaps": "--task patch --without gap jitter",
-    "view": "--task view", "the target moves": "--task view --without fixed",
-    "inpainting": "--task inpainting", "hole in the middle": "--task inpainting --without place",
-}.items()}
-KEYS = "name seed loss accuracy linear_top1 knn_top1 rank_h seconds".split()
+    "patch": "--task patch",
+    "no gaps": "--task patch --without gap jitter",
+    "view": "--task view",
+    "the target moves": "--task view --without fixed",
+    "inpainting": "--task inpainting",
+    "hole in the middle": "--task inpainting --without place",
+}
+KEYS = ["name", "seed", "loss", "accuracy", "linear_top1", "knn_top1", "rank_h", "seconds"]
 
 
-def figures(row, found):
-    """What is kept of a network: row, and what is found of it."""
-    return {k: row.get(k, found.get(k, "")) for k in KEYS}
+def floors(own, seed, options):
+    """Rows of the untrained network, raw pixels, and the same network trained with labels."""
+    argv = ["--epochs", own.epochs, "--seed", seed, *options, "--out", f"{own.runs}/floors-s{seed}"]
+    args = common.options("pretext", pretext.__doc__, pretext.OPTIONS, [*map(str, argv)])
+    with common.Run(args) as run:
+        data = common.load_data(args, pretext.OPTIONS, run)
+        if not data.labelled:
+            common.fail("these images have no labels, there is nothing to probe for")
+        net = run.place(pretext.build(args))
+        untrained = pretext.evaluate(net, data, args, run)
+        pixels = pretext.accuracies(lambda x: [x[0].flatten(1)], [""],
+                                    pretext.central(min(args.image_size, 32)), data.splits(False),
+                                    run)
+        supervised = train_with_labels(net, data, args, run)
+        supervised |= pretext.evaluate(net, data, args, run)
+    return [{"name": "untrained"} | untrained, {"name": "pixels"} | pixels,
+            {"name": "with labels"} | supervised]
 
 
-def floors(args, data, run):
-    """Untrained network, raw pixels, and the same network trained with labels: rows."""
-    net = pretext.build(args).to(run.device)
-    rows = [figures({"name": "untrained"}, pretext.evaluate({"net": net}, data, args, run))]
-    parts = [pretext.embed(lambda x: [x[0].flatten(1)], pretext.central(args), part, args, run)
-             for part in (data.fit, data.val)]
-    linear, near = pretext.probes(parts, args)
-    rows.append(figures({"name": "pixels"}, {"linear_top1": linear, "knn_top1": near}))
-    begun, images, index = time.perf_counter(), *data.fit
-    both = nn.Sequential(net.backbone, nn.Linear(net.backbone.dim, int(images.labels.max()) + 1))
-    both.to(run.device).train()
-    adamw, batch = torch.optim.AdamW(both.parameters(), weight_decay=0.01), min(32, len(index))
-    mix, steps = torch.Generator().manual_seed(args.seed), args.epochs * (len(index) // batch)
-    order = [index[torch.randperm(len(index), generator=mix)] for _ in range(args.epochs)]
-    read = common.batches(images, torch.cat(order)[: steps * batch], batch, pretext.crops(args),
-                          run.device, args.workers, (args.seed, 0))
-    for step, (views, i) in enumerate(read):
-        adamw.param_groups[0]["lr"] = pretext.lr_at(step, steps, steps // 10, 1e-3)
+def train_with_labels(net, data, args, run):
+    """As many epochs as a task has, on the images that the probe fits."""
+    begun, (images, index) = time.perf_counter(), data.fit
+    batch, mix = min(32, len(index)), torch.Generator().manual_seed(args.seed)
+    steps = args.epochs * (len(index) // batch)
+    epochs = [index[torch.randperm(len(index), generator=mix)] for _ in range(args.epochs)]
+    classifier = nn.Linear(net.backbone.dim, int(images.labels.max()) + 1)
+    both = nn.Sequential(net.backbone, classifier).to(run.device).train()
+    optimizer = torch.optim.AdamW(both.parameters(), weight_decay=0.01)
+    batches = common.batches(images, torch.cat(epochs)[: steps * batch], batch, pretext.crops(args),
+                             run.device, args.workers, (args.seed, 0))
+    for step, (views, i) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = pretext.lr_at(step, steps, steps // 10, 1e-3)
         with run.autocast():
             logits = both(torch.cat([common.flip(x, p=0.5) for x in views]))
         loss = F.cross_entropy(logits.float(), images.labels[i].to(run.device).repeat(2))
-        adamw.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        adamw.step()
-    row = {"name": "with labels", "loss": loss.item(), "seconds": time.perf_counter() - begun}
-    return rows + [figures(row, pretext.evaluate({"net": net}, data, args, run))]
+        optimizer.step()
+    return {"loss": loss.item(), "seconds": time.perf_counter() - begun}
 
 
-def summary(rows):
-    """name -> {column: (mean, standard deviation over seeds)}."""
-    table = {}
-    for row in rows:
-        for key in ("linear_top1", "knn_top1"):
-            own = torch.tensor([r[key] for r in rows if r["name"] == row["name"]])
-            deviation = own.std().item() if len(own) > 1 else 0.0
-            table.setdefault(row["name"], {})[key] = own.mean().item(), deviation
-    return table
-
-
-def figure(path, table, epochs):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("matplotlib is not installed: no picture")
-    whole = Figure(figsize=(10, 4.5), layout="constrained")
+def draw(whole, means, epochs):
+    """means: a row for each network."""
     ax = whole.subplots()
-    for i, (key, label) in enumerate((("linear_top1", "linear"), ("knn_top1", "k-NN"))):
-        means, deviations = zip(*(columns[key] for columns in table.values()))
-        place = [x + 0.4 * i - 0.2 for x in range(len(table))]
-        bars = ax.bar(place, means, 0.36, yerr=deviations, label=f"h, {label}")
+    for shift, key, label, style in ((-0.2, "linear_top1", "h, linear", "--"),
+                                     (0.2, "knn_top1", "h, k-NN", ":")):
+        heights = [row[key] for row in means]
+        deviations = [row[f"{key}_sd"] for row in means]
+        places = [x + shift for x in range(len(means))]
+        bars = ax.bar(places, heights, 0.36, yerr=deviations, label=label)
         ax.bar_label(bars, fmt="%.0f", fontsize=8)
-    for key, style in (("linear_top1", "--"), ("knn_top1", ":")):
-        ax.axhline(table["untrained"][key][0], ls=style, c="grey", lw=1)
-    ax.set(xticks=range(len(table)), ylabel="validation top-1, %", xlabel=f"after {epochs} epochs")
-    ax.set_xticklabels(table, rotation=30, ha="right")
+        ax.axhline(heights[0], ls=style, c="grey", lw=1)  # of the untrained network
+    ax.set(xticks=range(len(means)), ylabel="validation top-1, %", xlabel=f"after {epochs} epochs")
+    ax.set_xticklabels([row["name"] for row in means], rotation=30, ha="right")
     ax.legend(fontsize=8)
     ax.margins(y=0.15)
-    whole.savefig(path)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = shared.parser(__doc__, "pretext", epochs=2)
     p.add_argument("--guards", action="store_true", help="with and without guards, not all tasks")
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which (all)")
-    p.add_argument("--limit", type=int, help="training images (all)")
-    p.add_argument("--epochs", type=int, default=2, help="of each run (2)")
-    p.add_argument("--seeds", type=int, default=1, help="number of seeds (1)")
-    p.add_argument("--runs", default="runs/lessons/pretext", help="folder of the runs")
-    p.add_argument("--out", default=str(Path(__file__).parent), help="folder of CSV and PNG")
-    own, others = p.parse_known_args(argv)
-    rows, runs = [], GUARDS if own.guards else {task: TASKS[task] for task in own.tasks}
-    limit = ["--limit", str(own.limit)] if own.limit else []
+    own, options = p.parse_known_args(argv)
+    runs = GUARDS if own.guards else {task: TASKS[task] for task in own.tasks}
+    rows = []
     for seed in range(own.seeds):
-        shared = [*limit, "--epochs", str(own.epochs), "--seed", str(seed), *others]
-        args = pretext.options(shared)
-        run = common.setup(args.device, args.amp)
-        data = common.Data(args.dataset, args.data_dir, args.limit)
-        pretext.complete(args, data.side, len(data))
-        data.read(args.image_size, run.device, args.memory_limit, args.workers)
-        if not data.labelled:
-            common.fail("these images have no labels, there is nothing to probe for")
-        rows += [row | {"seed": seed} for row in floors(args, data, run)]
+        found = floors(own, seed, options)
         for name, flags in runs.items():
-            print(f"\n{name}")
-            folder = common.run_folder(f"{own.runs}/{name.replace(' ', '-')}-s{seed}", False)
-            # In place of the report on test images: the evaluation on validation images.
-            with mock.patch.object(pretext, "report", pretext.evaluate):
-                found = pretext.main([*shared, *flags, "--eval-every", "0", "--out", str(folder)])
-            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            row = {"name": name, "seed": seed, "seconds": found["train_seconds"]}
-            rows.append(figures(row, found | last))
-    lines = [KEYS] + [[f"{v:.5g}" if isinstance(v := row[k], float) else str(v) for k in KEYS]
-                      for row in rows]
+            _, _, run = shared.train(pretext, own, name, seed, [*options, *flags.split()])
+            found.append(run.rows[-1] | {"name": name, "seconds": run.seconds})
+        rows += [{k: row.get(k, "") for k in KEYS} | {"seed": seed} for row in found]
     file = "pretext_guards" if own.guards else "pretext_tasks"
-    common.write(f"{own.out}/{file}.csv", "".join(",".join(line) + "\n" for line in lines))
-    table = summary(rows)
-    figure(f"{own.out}/{file}.png", table, own.epochs)
-    print(f"\nvalidation, after {own.epochs} epochs      linear         k-NN")
-    for name, columns in table.items():
-        print(f"{name:26}" + "".join(f"{m:8.1f} ±{d:4.1f}" for m, d in columns.values()))
+    shared.write_csv(f"{own.out}/{file}.csv", rows, KEYS)
+    means = shared.over_seeds(rows, ["name"], ["linear_top1", "knn_top1"])
+    shared.figure(f"{own.out}/{file}.png", (10, 4.5), draw, means, own.epochs)
+    shared.show(means, ["name", "linear_top1", "knn_top1"])
 
 
 if __name__ == "__main__":

@@ -1,55 +1,769 @@
-"""common.py: image operations against torchvision's, batches, sets, what goes out."""
+"""common.py, and what every method file promises with it: options, a run and its files, signals and
+resume, failed steps, processes, weights, features; then image operations, batches and sets.
 
+The frame is tested with the cheapest file that shows it; what can differ from file to file, with
+all of them."""
+
+import contextlib
+import copy
+import io
 import json
+import math
 import os
+import re
+import shutil
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tools
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
+from tools import METHODS, ROOT, TINY, Watched, close, draw, every, fails, method, refused, same
 from torchvision import datasets
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 import common
+import dino
+import simclr
 
 CPU = torch.device("cpu")
-RATIO = (3 / 4, 4 / 3)
-READ = (16, CPU, 8.0, 1)  # Data.read: size, device, memory_gb, workers
+NEEDED = {"moco": "--queue 40", "dinov2": "--koleo 0 --out-dim 64 --hidden 64 --patch-size 8",
+          "pretext": "--optimizer sgd --lr 0.5"}  # by a tiny run; KoLeo is of one process
 
 
-def fails(capsys, call, *words):
-    """call() ends with exit code 2 and one sentence that has these words in it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        call()
-    message = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert message.startswith("error: ") and message.count("\n") == 1
-    assert [w for w in words if w not in message] == []
+def tiny(name, *argv):
+    return [*TINY, *NEEDED.get(name, "").split(), *argv]
 
 
-def noise(n, height, width, seed=0):
-    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
+def load(folder, file="last.pt"):
+    return torch.load(Path(folder) / file, weights_only=True)
+
+
+def strict_json(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+def rows_of(folder):
+    """metrics.jsonl without what a clock says."""
+    rows = map(strict_json, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    timed = ("images_per_second", "waiting")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
 def far(a, b):
     return float((a - b).abs().max())
 
 
+def noise(n, height, width, seed=0):
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+# ==================================================================================================
+# Errors, files, options
+# ==================================================================================================
+
+
+def test_files_are_whole_or_as_they_were(tmp_path, capsys, monkeypatch):
+    contents = {"a.txt": "text " * 99, "a.pt": lambda part: torch.save(torch.zeros(9999), part),
+                "a.png": lambda part: Image.new("RGB", (99, 99)).save(part, format="png")}
+    for name, content in contents.items():
+        path = tmp_path / name
+        common.write(path, content)
+        before = path.read_bytes()
+        Path(f"{path}.part").symlink_to("/dev/full")  # a full disk
+        assert name in fails(lambda: common.write(path, content), capsys)  # noqa: B023
+        assert path.read_bytes() == before and len(before) > 99
+    monkeypatch.setenv("RANK", "1")  # only the first process writes
+    common.write(tmp_path / "b.txt", "text")
+    assert {f.name for f in tmp_path.iterdir()} == contents.keys()
+
+
+@pytest.mark.parametrize("where", ["file/below.txt", "file/below.pt", "none/a.pt", "n" * 300])
+def test_a_path_that_cannot_be_written(where, tmp_path, capsys):
+    # not yet so for three of the four: the unlink in write raises NotADirectoryError or OSError
+    (tmp_path / "file").touch()
+    content = (lambda part: torch.save(3, part)) if where.endswith("pt") else "text"
+    assert where in fails(lambda: common.write(tmp_path / where, content), capsys)
+
+
+def test_to_json():
+    text = common.to_json({"a": [1, math.nan, (2.5, -math.inf)], "b": {"c": math.inf, "d": "e"}})
+    assert text == '{"a": [1, null, [2.5, null]], "b": {"c": null, "d": "e"}}'
+
+
+def test_number():
+    whole, share = common.number(int, 1)["type"], common.number(float, 0, 1)["type"]
+    assert whole("3") == 3 and share("1") == 1.0 and share("0") == 0.0
+    for parse, text in ((whole, "0"), (whole, "1.5"), (share, "1.01"), (share, "nan"), (share, "x"),
+                        (common.POSITIVE["type"], "inf"), (common.POSITIVE["type"], "0")):
+        with pytest.raises(ValueError):
+            parse(text)
+
+
+@every
+def test_the_table_is_the_command_line(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "999")
+    with pytest.raises(SystemExit) as stopped:
+        method(name).main(["--help"])
+    usage = " ".join(capsys.readouterr().out.split())
+    groups = [usage.index(f" {g}: ") for g in "run data method evaluation".split()]
+    assert stopped.value.code == 0 and groups == sorted(groups) and f"runs/{name}-" in usage
+    for option, (*defaults, allowed, meaning) in method(name).OPTIONS.items():
+        flag = f"--{option.replace('_', '-')}"
+        if allowed is not common.FLAG:
+            meaning += f" ({' | '.join(map(common.show_value, defaults))})"
+        assert len(defaults) == 3 and re.search(rf" {flag}[ ,].*?{re.escape(meaning)}", usage)
+        allowed = {"choices": allowed} if isinstance(allowed, str) else allowed
+        for wrong in ("nan", "-1", "many") if {"type", "choices"} & allowed.keys() else ():
+            values = [flag] + [wrong] * allowed.get("nargs", 1)
+            assert flag in fails(lambda: tools.options(method(name), values), capsys)  # noqa: B023
+
+
+@every
+def test_what_is_left_open_comes_from_the_column(name, capsys):
+    file, names = method(name), ["built-in", "small", "large"]
+    for column, side in enumerate((None, 32, 300)):
+        args = tools.completed(file, [], side, n=5000)
+        printed = capsys.readouterr().out
+        assert f"recipe {names[column]}:" in printed
+        for k, row in file.OPTIONS.items():
+            value = row[column](args, 5000) if callable(row[column]) else row[column]
+            value = min(value, side or value) if k == "image_size" else value
+            assert getattr(args, k) == ([*value] if isinstance(value, tuple) else value), k
+            assert f" {k}=" in printed
+        assert args.eval_every == math.ceil(args.epochs / 4) and args.images == 5000
+        args = tools.completed(file, "--lr 7 --image-size 24 --epochs 9".split(), side)
+        assert (args.lr, args.image_size, args.epochs, args.eval_every) == (7, 24, 9, 3)
+
+
+@pytest.mark.parametrize("argv, names", [
+    ("--epochs 0", "epochs"), ("--batch-size 1", "batch-size"), ("--seed -1", "seed"),
+    ("--limit 0", "limit"), ("--amp fp8", "amp"), ("--no-such-option", "no-such-option"),
+    ("--batch-size 4096", "batch-size"), ("--dataset nowhere", "nowhere"),
+    ("--device tpu", "this machine has"), ("--init none.pt", "none.pt"),
+    ("--eval none.pt", "none.pt"), ("--dataset {empty}", "no images"),
+    ("--init a.pt --eval b.pt", "one of the two"), ("--resume", "no interrupted run"),
+    ("--out {empty}/file/run", "file/run"), ("--out " + 300 * "n", "too long")])
+def test_wrong_options(argv, names, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "file").touch()
+    argv = argv.format(empty=tmp_path / "empty").split()
+    assert names in refused(simclr, [*TINY, "--out", tmp_path / "run", *argv], capsys)
+    assert not (tmp_path / "run" / "args.json").exists()  # the folder is free again
+
+
+# ==================================================================================================
+# A run: processes, folder, loop, signals
+# ==================================================================================================
+
+LOOP = {"epochs": (1, 1, 1, common.FROM_1, ""), "batch_size": (1, 1, 1, common.FROM_1, "")}
+
+
+class Steps:
+    """The data of a run without images: three steps an epoch."""
+
+    per_epoch = 3
+
+    def epoch(self, number, first, *_):
+        return iter([(f"views {3 * number + i}", None) for i in range(first, 3)])
+
+
+def opened(*argv):
+    """A run, not of any file."""
+    argv = ["--device", "cpu", "--epochs", "3", "--batch-size", "4", *map(str, argv)]
+    args = common.options("loop", "A loop", LOOP, argv)
+    args.eval_every = 2
+    return common.Run(args)
+
+
+def loop(run, bad=(), before=lambda step: None, **state):
+    """The loop of train without a network; the loss of step k is k, kl twice that, those of bad
+    steps are not finite -> whether an evaluation was due, by epoch."""
+    due = []
+    run.restore(state)
+    for epoch in run.epochs(Steps()):
+        for step, views in run.batches(Steps(), epoch, []):
+            assert views == f"views {step}"
+            before(step)
+            loss = torch.tensor(math.nan if step in bad else step)
+            run.log(torch.tensor(step not in bad), loss=loss, kl=2 * loss, lr=0.1 * step)
+        due.append(run.end_epoch())
+        run.save(state)
+    return due
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run in one process."""
+    with opened("--out", tmp_path_factory.mktemp("one") / "run") as run:
+        yield run
+
+
+def test_a_run_claims_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [str(opened().folder) for _ in range(3)]  # at once
+    assert names == ["runs/loop-shapes-s0", "runs/loop-shapes-s0-2", "runs/loop-shapes-s0-3"]
+    assert str(opened("--eval", "x.pt", "--seed", 7).folder) == "runs/loop-shapes-s7-eval"
+    for begun in (0, 0, 1):  # a run that fails before its first step frees its folder
+        with pytest.raises(ZeroDivisionError), opened() as run:
+            run.step = begun
+            run.step = 1 / 0
+        assert run.folder.name.endswith("-4")
+    assert opened("--out", "runs/loop-shapes-s0/").folder.name.endswith("-5")
+
+
+def test_resume_takes_the_newest_run_that_was_interrupted(tmp_path, capsys):
+    def resumed():
+        return opened("--resume", "--out", tmp_path / "a").folder.name
+
+    assert "no interrupted run" in fails(resumed, capsys)
+    for name, files in (("a", "last.pt results.json"), ("a-2", "last.pt"), ("a-3", "last.pt"),
+                        ("a-4", "last.pt results.json"), ("a-5", "")):
+        (tmp_path / name).mkdir()
+        for file in ["args.json", *files.split()]:
+            (tmp_path / name / file).touch()
+    for newest in ("a-3", "a-2"):
+        assert resumed() == newest
+        (tmp_path / newest / "results.json").touch()
+    assert "no interrupted run" in fails(resumed, capsys)
+
+
+def test_a_folder_that_was_freed_hides_no_other(tmp_path):
+    # not yet so: _claim stops at the first folder without args.json
+    for name in ("a", "a-2", "a-3"):
+        (tmp_path / name).mkdir()
+        for file in ("args.json", "last.pt") if name != "a-2" else ():
+            (tmp_path / name / file).touch()
+    assert opened("--resume", "--out", tmp_path / "a").folder.name == "a-3"
+
+
+def test_processes_and_devices(monkeypatch, tmp_path, capsys):
+    for amp, dtype in (("auto", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert opened("--amp", amp, "--out", tmp_path / "run").dtype == dtype
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert "off on mps" in fails(lambda: opened("--device", "mps", "--amp", "fp16"), capsys)
+    for given in ("RANK", "WORLD_SIZE"):  # half an environment of torchrun
+        with monkeypatch.context() as patch:
+            patch.setenv(given, "1")
+            assert "MASTER_ADDR" in fails(opened, capsys)
+
+
+def test_log_averages_what_is_good(tmp_path, capsys):
+    def a_minute_later(step):
+        assert (tmp_path / "run" / "last.pt").exists() == (step > 5)
+        run.saved -= 61 if step == 5 else 0
+
+    with opened("--out", tmp_path / "run") as run:
+        run.chance = {"loss": 2.0}
+        assert loop(run, (1, 3, 4, 5), a_minute_later) == [False, True, False]
+    assert load(tmp_path / "run")["progress"]["step"] == 9
+    rows = rows_of(tmp_path / "run")
+    means = [(row["epoch"], row["loss"], row["kl"], row["skipped"]) for row in rows]
+    # an epoch of failures has no loss: 0 would be the best of all
+    assert means == [(1, 1.0, 2.0, 1), (2, None, None, 3), (3, 7.0, 14.0, 0)]
+    assert [row["lr"] for row in rows] == pytest.approx([0.2, 0.5, 0.8])
+    printed = capsys.readouterr().out
+    assert "epoch 1: loss 1.000 (chance 2.000), kl 2.000, 1 steps skipped" in printed
+
+
+def test_a_run_that_keeps_failing_ends(tmp_path, capsys):
+    bad = {step for step in range(2, 400) if step != 49}
+    with opened("--epochs", 99, "--out", tmp_path / "run") as run:
+        error = fails(lambda: loop(run, bad), capsys)
+    assert "50 steps, up to 100:" in error  # 47 failures before the good step do not count
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_signals(first, tmp_path, capsys):
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    before, steps, net = handlers(), [], nn.Linear(2, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with pytest.raises(SystemExit) as stopped, opened("--out", tmp_path / "run") as run:
+        loop(run, before=lambda step: step == 4 and signal.raise_signal(first), net=net,
+             x=torch.arange(3), scaler=scaler)
+    assert stopped.value.code == 128 + first and handlers() == before
+    assert "stopped after step 5 of 9" in capsys.readouterr().out
+    other, x, its = nn.Linear(2, 2), torch.zeros(3, dtype=torch.int64), torch.amp.GradScaler("cpu")
+    with opened("--out", tmp_path / "run", "--resume") as run:
+        due = loop(run, before=steps.append, net=other, x=x, scaler=its)
+    assert steps == [5, 6, 7, 8] and due == [True, False] and x.tolist() == [0, 1, 2]
+    assert same(net.state_dict(), other.state_dict()) and its.get_scale() == 8
+    assert [row["loss"] for row in rows_of(tmp_path / "run")] == [1, 4, 7]  # the half epoch counts
+    with pytest.raises(KeyboardInterrupt), opened("--out", tmp_path / "b") as run:
+        assert handlers() == before  # no checkpoint could answer a signal yet
+        next(run.epochs(Steps()))
+        signal.raise_signal(first)
+        assert run.signal == first
+        signal.raise_signal(signal.SIGINT)  # a second one ends it at once
+    assert handlers() == before
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """As if matplotlib were not there: it takes longer than a tiny run."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+def test_main_outside_the_main_thread(tmp_path, no_curves):
+    results, argv = [], [*TINY, *"--limit 16 --epochs 1 --eval-every 0 --out".split()]
+    with contextlib.redirect_stdout(io.StringIO()):
+        thread = threading.Thread(target=lambda: results.append(
+            simclr.main([*argv, str(tmp_path / "run")])))
+        thread.start()
+        thread.join()
+    assert "linear_top1" in results[0]
+
+
+@pytest.mark.parametrize("terminal, tool", [(True, True), (False, True), (True, False)])
+def test_bar(terminal, tool, tmp_path, monkeypatch, capsys):
+    if not tool:
+        monkeypatch.setattr(common, "tqdm", None)
+    elif common.tqdm is None:
+        pytest.skip("no tqdm here")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with opened("--out", tmp_path / "run") as run:
+        loop(run, before=lambda step: time.sleep(0.11))
+    bar = capsys.readouterr().err
+    assert ("epoch 3" in bar and "loss 6.500" in bar) == (terminal and tool)
+    assert all(0 <= row["waiting"] < 0.5 < 10 < row["images_per_second"] < 37 for row in run.rows)
+
+
+# ==================================================================================================
+# Steps that fail
+# ==================================================================================================
+
+
+def held(state):
+    """What a step changes, by path, but for the counters of batch norm and the scale of fp16."""
+    if isinstance(state, torch.Tensor):
+        return {"": state.clone()}
+    state = state.state_dict() if hasattr(state, "state_dict") else state
+    still = ("num_batches_tracked", "param_groups", "scaler")
+    parts = {k: held(v) for k, v in state.items() if not str(k).endswith(still)}
+    return {f".{k}{path}": t for k, part in parts.items() for path, t in part.items()}
+
+
+class Poisoned(Watched):
+    """The second step of a run has an image that is no number; `kept`: (ok, held) by step."""
+
+    def restore(self, state):
+        super().restore(state)
+        self.kept = []
+
+    def batches(self, *given):
+        for step, views in super().batches(*given):
+            for x in views if step == 1 else ():
+                x[0, 0, 0, 0] = math.nan
+            yield step, views
+
+    def log(self, ok, **figures):
+        self.kept.append((bool(ok), held(self.state)))
+        super().log(ok, **figures)
+
+
+@every
+def test_a_failed_step_changes_nothing_and_labels_are_not_needed(name, tmp_path):
+    argv = tiny(name, "--epochs", "1", "--eval-every", "0", "--out", tmp_path / "run")
+    net, data, run = tools.train(method(name), argv, Poisoned)
+    (first, a), (second, b), (third, c) = run.kept
+    assert (first, second, third) == (True, False, True) and same(a, b)
+    parts = {k: (k.split(".")[1], "running" in k) for k in a  # weights, EMA, moments, queue, ...
+             if k != ".centers" or not torch.equal(b[k], c[k])}  # DINOv2's, not in use by default
+    changed = {parts[k] for k in parts if not torch.equal(b[k], c[k])}
+    assert changed == set(parts.values()) and len(changed) > 1
+    assert run.rows[0]["skipped"] == 1 and math.isfinite(run.rows[0]["loss"])
+    data.labelled = False
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = method(name).evaluate(net, data, run.args, run, test=True)
+    assert {"verdict", "rank_h"} <= results.keys()
+    assert not [k for k in results if k.endswith("top1")]
+
+
+def small_net(kind):
+    """A net with batch norm and its optimiser, made as in `train`."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    if kind == "adamw":
+        return net, torch.optim.AdamW(net.parameters(), 0.02, weight_decay=0.5, fused=True)
+    rule, more = (simclr.LARS, {}) if kind == "lars" else (torch.optim.SGD, {"fused": True})
+    return net, rule(net.parameters(), 0.1, momentum=0.9, weight_decay=0.01, **more)
+
+
+OFF = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def step_of(run, net, optimizer, scaler, seed, poison=None):
+    """A step as in `train`, on fixed data, poisoned or not -> ok."""
+    undo, x = common.Undo(net), draw(6, 3, seed=seed, dtype=torch.float32)
+    if poison == "input":
+        x[2, 1] = math.nan
+    loss = net(x).square().mean()
+    loss = loss * math.inf if poison == "loss" else loss
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    if poison == "gradient":
+        net[3].weight.grad[1, 2] = math.inf
+    scaler.unscale_(optimizer)
+    ok = run.update(optimizer, scaler, loss)
+    undo(unless=ok)
+    return bool(ok)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("poison", ["input", "loss", "gradient"])
+def test_update_skips_what_is_not_finite(kind, poison, one):
+    def now():
+        """Weights, statistics and moments; a moment that is not yet there is 0."""
+        moments = {f"{i} {k}": optimizer.state.get(p, {}).get(k, torch.tensor(0.0)) + 0 * p
+                   for i, p in enumerate(net.parameters())
+                   for k in ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")}
+        return held({"net": net} | moments)
+
+    (net, optimizer), (other, its) = small_net(kind), small_net(kind)
+    for seed in range(3):  # in the very first step, and later
+        before = now()
+        assert not step_of(one, net, optimizer, OFF, 10 + seed, poison)
+        assert same(now(), before)
+        assert step_of(one, net, optimizer, OFF, seed) and step_of(one, other, its, OFF, seed)
+        assert not same(now(), before)
+    assert same(held({"net": net}), held({"net": other}))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_update_is_plain_sgd_and_the_scale_halves(enabled, one):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+    (net, optimizer), (plain, _) = small_net("sgd"), small_net("sgd")
+    its = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    for seed in range(3):
+        assert step_of(one, net, optimizer, scaler, seed)
+        its.zero_grad()
+        plain(draw(6, 3, seed=seed, dtype=torch.float32)).square().mean().backward()
+        its.step()
+        assert all(close(a, b, 1e-6) for a, b in zip(net.parameters(), plain.parameters()))
+    before = [p.clone() for p in net.parameters()]
+    for halvings in (1, 2):
+        assert not step_of(one, net, optimizer, scaler, 3, "gradient")
+        assert not enabled or scaler.get_scale() == 1024.0 / 2**halvings
+    assert same(before, list(net.parameters()))
+
+
+@pytest.mark.parametrize("name, half", [("simclr", "bf16"), ("dino", "fp16")])
+def test_half_precision_on_a_cpu(name, half, tmp_path):
+    """The loss of the first step is near to float32's and not the same."""
+    loss = []
+    for amp in ("off", half):
+        argv = f"--amp {amp} --limit 16 --epochs 1 --eval-every 0 --out {tmp_path / amp}".split()
+        loss.append(tools.train(method(name), tiny(name, *argv))[2].rows[0]["loss"])
+    assert 0 < abs(loss[0] - loss[1]) < 0.05, loss
+
+
+# ==================================================================================================
+# Weights from files
+# ==================================================================================================
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def saved(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    return Namespace(method="toy", init=str(tmp_path / "a.pt"), eval=None)
+
+
+def test_checkpoints_that_are_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("a text").write_text("no checkpoint")
+    contents = {"code": {"x": Code()}, "no dict": [1], "cut": {"x": torch.zeros(999)}}
+    for name, content in contents.items():
+        torch.save(content, name)
+    Path("cut").write_bytes(Path("cut").read_bytes()[:1500])
+    for name in ("missing", "folder", "a text", *contents):
+        error = fails(lambda: common.read_checkpoint(name), capsys)  # noqa: B023
+        assert error.startswith(f"error: {name} ")
+    assert not Path("ran").exists()
+
+
+class Toy(nn.Module):
+    def __init__(self, seed, out=2):
+        torch.manual_seed(seed)
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.head = nn.Linear(4, out)
+
+
+THEIRS, OTHER = Toy(1).state_dict(), Toy(2).state_dict()
+BACKBONE = {k.removeprefix("backbone."): v for k, v in THEIRS.items() if "head" not in k}
+ALL = {k for k, v in THEIRS.items() if v.is_floating_point()}
+BODY = {k for k in ALL if "head" not in k}
+
+
+def halve(weights, net):
+    return weights | {"backbone.2.weight": weights["backbone.2.weight"][:4]}
+
+
+@pytest.mark.parametrize("content, more, expected", [
+    (THEIRS, {}, ALL), (BACKBONE, {}, BODY),
+    ({"state_dict": BACKBONE, "meta": {"lr": 1}}, {}, BODY),
+    ({"method": "toy", "state": {"net": THEIRS, "net_ema": OTHER}}, {}, ALL),
+    ({"method": "toy", "state": {"net_ema": THEIRS}}, {"kept": "net_ema"}, ALL),
+    ({"student": THEIRS, "teacher": OTHER}, {"branch": "student"}, ALL),
+    ({"teacher": {f"module.{k}": v for k, v in THEIRS.items()}, "epoch": 3}, {}, ALL),
+    ({f"_orig_mod.module.{k}": v for k, v in THEIRS.items()}, {}, ALL),
+    ({"model": {f"module._orig_mod.{k}": v for k, v in BACKBONE.items()}}, {}, BODY),
+    ({k.replace("backbone.", "encoder."): v for k, v in THEIRS.items()},
+     {"renames": [("^enc", "back"), ("koder", "kbone")]}, ALL),
+    (BACKBONE | {"fc.weight": torch.zeros(9, 4), "head.bias": torch.zeros(9)}, {}, BODY),
+    ({k: v for k, v in BACKBONE.items() if "num_batches" not in k}, {}, BODY),
+    ({k: v for k, v in THEIRS.items() if k != "head.bias"}, {}, BODY),
+    (THEIRS | {"head.bias": torch.zeros(5)}, {}, BODY),
+    (BACKBONE | {"2.weight": BACKBONE["2.weight"].repeat(2, 1)}, {"adapt": halve}, BODY)])
+def test_load_weights(content, more, expected, tmp_path, capsys):
+    net = Toy(0)
+    before, args = copy.deepcopy(net.state_dict()), saved(tmp_path, content)
+    if len(content) % 2:
+        args.init, args.eval = None, args.init
+    common.load_weights(net, args, **more)
+    after, printed = net.state_dict(), capsys.readouterr().out
+    assert {k for k in ALL if torch.equal(after[k], THEIRS[k])} == expected
+    assert all(torch.equal(after[k], before[k]) for k in ALL - expected)
+    # what the file has: the count of batch norm's steps is not in old ones
+    assert re.search(rf": ({len(expected)}|{len(expected) + 1}) of \1 tensors loaded", printed)
+    assert ("the head stays random" in printed) == (expected == BODY)
+
+
+@pytest.mark.parametrize("content, words", [
+    ({f"layer.{i}": torch.zeros(1) for i in range(999)}, "996 more"),
+    (BACKBONE | {"one_more.weight": torch.zeros(2)}, "backbone.one_more.weight"),
+    ({k: v for k, v in BACKBONE.items() if k != "0.bias"}, "not in it backbone.0.bias,"),
+    (BACKBONE | {"0.bias": torch.zeros(5)}, "backbone.0.bias"), ({}, "another network"),
+    ({"method": "other", "state": {"net": THEIRS}}, "is a run of other"),
+    ({"method": "toy", "state": {}}, "another network"), ({"state": THEIRS}, "another network"),
+    ({"method": "toy", "state": {"net": BACKBONE}}, "not in it head.weight, head.bias"),
+    ({"method": "toy", "state": 3}, "a.pt"), ({0: torch.zeros(2)}, "another network")])
+def test_another_network_is_refused_in_a_short_sentence(content, words, tmp_path, capsys):
+    # not yet so for the last two: AttributeError and TypeError
+    error = fails(lambda: common.load_weights(Toy(0), saved(tmp_path, content)), capsys)
+    assert words in error and "a.pt" in error and len(error) < 500
+
+
+def test_torchvision_weights_in_and_timm_out(tmp_path, capsys):
+    torch.manual_seed(0)
+    theirs, net = torchvision.models.resnet18(), simclr.SimCLR("resnet18", "7x7")
+    common.load_weights(net, saved(tmp_path, theirs.state_dict()))
+    assert "120 of 120 tensors loaded" in capsys.readouterr().out
+    timm, theirs.fc = pytest.importorskip("timm"), nn.Identity()
+    other = timm.create_model("resnet18", num_classes=0)
+    other.load_state_dict(net.backbone.state_dict())  # strictly; num_classes=0 is without fc
+    with torch.no_grad():
+        h, *others = [n.eval()(noise(2, 64, 64)) for n in (net.backbone, theirs, other)]
+    assert close(h, others[0], 1e-5) and close(h, others[1], 1e-5) and h.std() > 1e-3
+
+
+def test_a_vit_on_a_grid_that_is_no_square_is_refused(tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    net = timm.models.VisionTransformer(img_size=(16, 32), patch_size=8, embed_dim=128, depth=3,
+                                        num_heads=4, num_classes=0)
+    argv = ["--out", tmp_path / "run", "--init", saved(tmp_path, net.state_dict()).init]
+    assert "another network" in refused(dino, tiny("dino", *argv, "--patch-size", "8"), capsys)
+
+
+# ==================================================================================================
+# Features and what they say
+# ==================================================================================================
+
+
+def test_embed(one):
+    (images, index), crop = seven_images(), [common.Crop(16, 1.0)]
+    mean, column, labels = features(one)
+    x = images.pixels[index].float() / 255
+    assert close(mean, x.mean((2, 3)), 1e-5) and column.shape == (7, 3, 16)
+    assert torch.equal(labels, index)
+    w = torch.ones(1, requires_grad=True)
+    short = common.embed(lambda x: [(x[0] * w).half()], (images, index), crop, one, limit=3)
+    assert short[0].shape == (3, 3, 16, 16) and short[0].dtype == torch.float32
+    assert short[1].tolist() == [3, 1, 4] and not short[0].requires_grad
+    crop = [common.Crop(16, (0.2, 1.0), RATIO)]
+    drawn = [common.embed(lambda x: x, (images, index), crop, one) for _ in range(2)]
+    assert same(*drawn) and far(drawn[0][0], x) > 0.1  # every evaluation has the same draws
+
+
+def test_knn():
+    def by_hand(k, tau, votes=None):
+        correct = 0
+        for q, target in zip(x_test.double().tolist(), y_test.tolist()):
+            near = sorted(((sum(a * b for a, b in zip(p, q)) / math.hypot(*p) / math.hypot(*q), c)
+                           for p, c in zip(x.double().tolist(), y.tolist())), reverse=True)[:k]
+            vote = [sum((votes or math.exp(s / tau)) for s, c in near if c == j) for j in range(3)]
+            correct += vote.index(max(vote)) == target
+        return 100 * correct / len(x_test)
+
+    y, y_test = torch.arange(60) % 3, torch.arange(90) % 3
+    x = (draw(3, 5)[y] + draw(60, 5, seed=1)).float()
+    x_test = (draw(3, 5)[y_test] + draw(90, 5, seed=2)).float()
+    test = x_test, y_test
+    for k, tau in ((1, 0.07), (5, 0.07), (20, 0.5), (500, 0.1)):
+        for scale in (1, 9):  # cosine: scale is nothing
+            assert close(common.knn((scale * x, y), test, k=k, tau=tau), by_hand(k, tau))
+        fit, val = (x[:40], y[:40]), (x[40:], y[40:])  # for test both are the neighbours
+        assert close(common.knn(fit, val, test, k=k, tau=tau), by_hand(k, tau))
+    assert by_hand(500, 0.1) != by_hand(500, 0.1, 1.0)
+    nearest = common.knn((x, y), test, k=1)  # alone counts where tau is tiny: no overflow
+    assert common.knn((x, y), test, tau=1e-9) == nearest != common.knn((x, y), test, tau=0.1)
+    assert math.isnan(common.knn((x * math.nan, y), test))
+
+
+def test_health():
+    n, D = 200, 64
+    h = draw(n, 10).float() * torch.logspace(0, -3, 10)
+    z1 = F.normalize(draw(n, D, seed=1)).float()
+    z2 = F.normalize(z1 + 0.05 * draw(n, D, seed=2).float())
+    got, a, b = common.health(h, 3 * z1, z2, "labels"), z1.double().numpy(), z2.double().numpy()
+    assert close(got["alignment"], sum(((p - q) ** 2).sum() for p, q in zip(a, b)) / n, 1e-4)
+    pairs = [np.exp(-2 * ((a[i] - a[j]) ** 2).sum()) for i in range(n) for j in range(i)]
+    assert close(got["uniformity"], math.log(sum(pairs) / len(pairs)), 1e-4)
+    deviations = [math.sqrt(sum((v - c.mean()) ** 2 for v in c) / (n - 1)) for c in a.T]
+    assert close(got["spread"], sum(deviations) / D * math.sqrt(D), 1e-4)
+    for key, x in (("rank_h", h.double().numpy()), ("rank_z", a)):
+        sigma = np.sqrt(np.linalg.eigvalsh(x.T @ x).clip(0))
+        p = sigma / sigma.sum()
+        rank = math.exp(-sum(q * math.log(q) for q in p if q > 0))
+        assert close(got[key] / rank, 1.0, 1e-3), key
+    assert got["verdict"].startswith("healthy: z has spread ")
+    angle = torch.linspace(0, 6, n)
+    circle = F.pad(torch.stack([angle.cos(), angle.sin()], 1), (0, D - 2))
+    point = F.normalize(z1[:1] + 1e-3 * z2)
+    for z, verdict in ((point, "collapsed to a point"), (z1[:1].expand(n, -1), "collapsed to a"),
+                       (circle, "dimensional collapse"), (z1 * math.inf, "features are not")):
+        assert common.health(h, z, z)["verdict"].startswith(verdict)  # though h is as it was
+    assert common.health(h * math.nan, z1, z2)["verdict"] == "features are not finite"
+    assert common.health(h, z1, z1, name="p", least=1.1)["verdict"].startswith("collapsed to a poi")
+    assert common.health(h[:3], z1[:3], z2[:3]) == {"verdict": "3 images, too few to say"}
+    assert common.health(h[:4], z1[:4], z2[:4]).keys() == got.keys()
+
+
+# The linear probe stands in every method file, with one text
+
+PENALTIES = (1.0, 0.1, 1e-3)
+
+
+def blobs(n, spread, seed=0):
+    """n float32 points of three classes in 4 dimensions of very different size."""
+    y = torch.arange(n) % 3
+    x = torch.eye(3, 4, dtype=torch.float64)[y] + spread * draw(n, 4, seed=seed)
+    return ((x + 2) * torch.tensor([1, 10, 0.1, 100])).float(), y
+
+
+def newton(x, y, x_test, y_test, penalty, mistake=None):
+    """Top-1 of the exact minimum, found in float64 by Newton's method."""
+    x, x_test = x.double(), x_test.double()
+    if mistake != "not standardised":
+        x, x_test = (x - x.mean(0)) / x.std(0), (x_test - x.mean(0)) / x.std(0)
+    ones = 0.0 if mistake == "no bias" else 1.0
+    x, x_test = F.pad(x, (0, 1), value=ones), F.pad(x_test, (0, 1), value=ones)
+    penalty = {"penalty times 10": 10 * penalty, "no penalty": 0}.get(mistake, penalty)
+
+    def objective(w):
+        w = w.view(x.shape[1], 3)
+        penalised = w if mistake == "bias decays" else w[:-1]
+        return F.cross_entropy(x @ w, y) + penalty / 2 * penalised.square().sum()
+
+    w = torch.zeros(3 * x.shape[1], dtype=torch.float64)
+    for _ in range(12):
+        g = torch.autograd.functional.jacobian(objective, w)
+        w = w - torch.linalg.pinv(torch.autograd.functional.hessian(objective, w)) @ g
+    assert mistake or torch.autograd.functional.jacobian(objective, w).norm() < 1e-8
+    return 100 * ((x_test @ w.view(-1, 3)).argmax(1) == y_test).double().mean().item()
+
+
+def test_regression_path():
+    """Along the path, each fit is the exact minimum."""
+    x, y = blobs(240, 0.5)
+    keep = (y != 0) | (torch.arange(240) % 4 == 0)  # uneven classes: the bias matters
+    data = x[keep], y[keep], *blobs(6000, 0.5, seed=1)
+    with torch.no_grad():  # as evaluation calls it
+        path = simclr.regression_path(*data, PENALTIES)
+    assert path == pytest.approx([newton(*data, penalty) for penalty in PENALTIES], abs=0.1)
+    for mistake in ("no bias", "bias decays", "penalty times 10", "no penalty", "not standardised"):
+        assert abs(newton(*data, 0.1, mistake) - path[1]) > 2, mistake
+
+
+def test_linear_probe():
+    """The penalty is chosen on val, never on test; the test's classifier is of fit and val."""
+    fit, val, test = blobs(12, 0.9), blobs(90, 0.9, seed=10), blobs(900, 0.9, seed=20)
+    on_val = simclr.regression_path(*fit, *val, PENALTIES)
+    assert simclr.linear_probe(fit, val, penalties=PENALTIES) == max(on_val) == on_val[1]
+    both = torch.cat([fit[0], val[0]]), torch.cat([fit[1], val[1]])
+    got = simclr.linear_probe(fit, val, test, PENALTIES)
+    assert got == pytest.approx(newton(*both, *test, 0.1), abs=0.2)
+    assert newton(*fit, *test, 0.1) < got - 5  # of fit alone
+    assert newton(*both, *test, 1.0) > got + 1  # another penalty would have been better on test
+    assert simclr.linear_probe(blobs(90, 0.1), blobs(300, 0.1, seed=1)) == 100  # separable
+    assert math.isnan(simclr.linear_probe((fit[0] * math.inf, fit[1]), val, test))
+
+
+# ==================================================================================================
+# Pictures
+# ==================================================================================================
+
+
+def test_curves(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rows = [{"epoch": 0, "top_1": 9.0}, {"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1}]
+    panels = {"loss": ["loss"], "accuracy": ["top_1", "never_there"]}
+    common.curves(tmp_path / "curves.png", rows, panels)
+    image = Image.open(tmp_path / "curves.png")
+    assert image.format == "PNG" and image.width > image.height > 100
+    assert np.asarray(image.convert("L")).std() > 10
+    common.curves(tmp_path / "empty.png", [], panels)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    common.curves(tmp_path / "none.png", rows, panels)
+    assert {f.name for f in tmp_path.iterdir()} == {"curves.png", "empty.png"}
+
+
+@pytest.mark.parametrize("sides", [(16, 16, 8), (224, 96)])
+def test_picture(tmp_path, sides):
+    tones = torch.linspace(0.1, 0.9, 2 * len(sides)).view(2, -1)  # (rows, columns)
+    columns = [tones[:, i].view(2, 1, 1, 1).expand(2, 3, s, s) for i, s in enumerate(sides)]
+    common.picture(tmp_path / "views.png", columns)
+    image = Image.open(tmp_path / "views.png")
+    pixels = torch.from_numpy(np.array(image)).float() / 255
+    assert image.format == "PNG" and pixels.ndim == 3
+    cell = [s // n for s, n in zip(pixels.shape, (2, len(sides)))]
+    assert min(cell) >= 96
+    middles = pixels[cell[0] // 2 :: cell[0], cell[1] // 2 :: cell[1]]
+    assert far(middles, tones.unsqueeze(2)) < 0.01
+
+
 # ==================================================================================================
 # Image operations
 # ==================================================================================================
 
+RATIO = (3 / 4, 4 / 3)
 
-def whole_boxes(n, height, width, smallest, seed=0):
+
+def whole_boxes(n, height, width, smallest):
     """(n, 4) boxes of whole pixels, top, left, height, width, anywhere in the image."""
-    rng, boxes = np.random.default_rng(seed), []
+    rng, boxes = np.random.default_rng(0), []
     for _ in range(n):
         h, w = rng.integers(smallest, height + 1), rng.integers(smallest, width + 1)
         boxes.append([rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w])
@@ -60,16 +774,12 @@ def whole_boxes(n, height, width, smallest, seed=0):
     (40, 31, 1, 8), (40, 31, 1, 48), (9, 64, 9, 9), (1, 5, 1, 4), (30, 900, 2, 24)])
 def test_crop_resize_is_resized_crop(height, width, smallest, out):
     boxes = whole_boxes(30, height, width, smallest)
-    x = F.pad(noise(30, height, width), (0, 7, 0, 5), value=100.0)  # padding must not be seen
+    x = F.pad(noise(30, height, width), (0, 7, 0, 5), value=100.0)  # padding must not show
     got = common.crop_resize(x, boxes.float(), out)
     for image, box, crop in zip(x, boxes.tolist(), got):
         assert far(crop, TF.resized_crop(image, *box, [out, out], antialias=True)) < 1e-5
-
-
-def test_crop_resize_without_antialiasing_would_be_seen():
-    x, box = noise(1, 60, 60), (5, 3, 50, 55)
-    got = common.crop_resize(x, torch.tensor([box]).float(), 12)
-    assert far(got, TF.resized_crop(x, *box, [12, 12], antialias=False)) > 0.1
+    plain = TF.resized_crop(x[0], *boxes[0], [out, out], antialias=False)
+    assert far(got[0], plain) > 0.05 or out > 20 or height < 10  # the test can fail
 
 
 def kolmogorov_smirnov(a, b):
@@ -82,40 +792,27 @@ def kolmogorov_smirnov(a, b):
 @pytest.mark.parametrize("height, width", [(60, 60), (40, 120)])
 def test_random_boxes_are_torchvisions(height, width):
     common.reseed(1)
-    image, n, scale = torch.empty(3, height, width), 2000, (0.08, 1.0)
-    theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(n)])
-    ours = common.random_boxes(torch.tensor([[height, width]]).expand(n, 2), scale, RATIO)
+    image, n = torch.empty(3, height, width), 2000
+    sizes = torch.tensor([[height, width]]).expand(n, 2)
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, (0.08, 1.0), RATIO)
+                           for _ in range(n)])
 
     def statistics(boxes):
         top, left, h, w = boxes.float().unbind(1)
-        return [top, left, h, w, h * w, (w / h).log()]
+        return zip([top, left, h, w, h * w, (w / h).log()])
 
-    for a, b in zip(statistics(ours), statistics(theirs)):
-        assert kolmogorov_smirnov(a, b) < 1
-    small = common.random_boxes(torch.tensor([[height, width]]).expand(n, 2), (0.08, 0.25), RATIO)
-    assert max(map(kolmogorov_smirnov, statistics(small), statistics(theirs))) > 1  # can fail
+    def furthest(scale):
+        ours = common.random_boxes(sizes, scale, RATIO)
+        return max(kolmogorov_smirnov(*a, *b) for a, b in zip(statistics(ours), statistics(theirs)))
 
-
-def test_random_boxes_keep_to_the_ranges():
-    common.reseed(2)
-    sizes = torch.tensor([[500, 400], [300, 333], [400, 520]]).repeat(500, 1)
-    top, left, h, w = common.random_boxes(sizes, (0.2, 0.5), RATIO).unbind(1)
-    H, W = sizes.unbind(1)
-    assert (top >= 0).all() and (left >= 0).all() and (top + h <= H).all() and (left + w <= W).all()
-    assert (top == 0).any() and (left == 0).any()  # and every border can be reached
-    assert (top + h == H).any() and (left + w == W).any()
-    for value, low, high in ((h * w / (H * W), 0.2, 0.5), (w / h, *RATIO)):
-        assert low - 0.01 < value.min() < low + 0.01 and high - 0.01 < value.max() < high + 0.01
-    tiny = common.random_boxes(torch.ones(50, 2, dtype=torch.long), (0.05, 0.3), RATIO)
-    assert (tiny == torch.tensor([0, 0, 1, 1])).all()
+    assert furthest((0.08, 1.0)) < 1 < furthest((0.08, 0.25))
 
 
-@pytest.mark.parametrize("size", [(3, 2000), (2000, 3), (1, 7)])
-def test_random_boxes_fall_back_to_the_centre(size):
-    common.reseed(3)
-    box = RandomResizedCrop.get_params(torch.empty(3, *size), (0.5, 1.0), RATIO)
-    ours = common.random_boxes(torch.tensor([size]).expand(20, 2), (0.5, 1.0), RATIO)
-    assert (ours == torch.tensor(box)).all()
+def test_random_boxes_fall_back_to_the_centre():
+    for size in ((3, 2000), (2000, 3), (1, 7), (1, 1)):
+        box = RandomResizedCrop.get_params(torch.empty(3, *size), (0.5, 1.0), RATIO)
+        ours = common.random_boxes(torch.tensor([size]).expand(20, 2), (0.5, 1.0), RATIO)
+        assert (ours == torch.tensor(box)).all()
 
 
 def test_central_boxes():
@@ -123,19 +820,6 @@ def test_central_boxes():
     whole = [[0, 5, 10, 10], [8, 0, 17, 17], [0, 4, 1, 1]]
     assert common.central_boxes(sizes, 1.0).tolist() == whole
     assert common.central_boxes(sizes, 0.5).tolist()[0] == [2, 7, 5, 5]
-
-
-@pytest.mark.parametrize("shift", [-0.5, -0.21, 0.0, 0.1, 0.37, 0.5])
-def test_turn_hue_is_adjust_hue(shift):
-    x = torch.cat([noise(4, 8, 8), noise(4, 8, 8).round()])  # with greys, ties, pure colours
-    x[0] = x[0, :1]
-    assert far(common.turn_hue(x, torch.full((8, 1, 1, 1), shift)), TF.adjust_hue(x, shift)) < 1e-5
-
-
-def test_turn_hue_turns_every_image_by_its_own():
-    x, shift = noise(5, 6, 6), torch.linspace(-0.4, 0.4, 5)
-    expected = torch.stack([TF.adjust_hue(i, s) for i, s in zip(x, shift.tolist())])
-    assert far(common.turn_hue(x, shift.view(-1, 1, 1, 1)), expected) < 1e-5
 
 
 def test_color_jitter_is_torchvisions_in_the_drawn_order():
@@ -167,33 +851,24 @@ def test_color_jitter_is_torchvisions_in_the_drawn_order():
         mine = got[shuffle[row]]
         assert far(mine, theirs[row * 4 // n]) < 1e-5
         elsewhere += far(mine, theirs[(row * 4 // n + 2) % 4]) > 1e-3
-    assert elsewhere > n // 2  # the place of hue is seen, and all four occur
+    assert elsewhere > n // 2  # the place of hue shows, and all four occur
     assert len({tuple(column) for column in order.T.tolist()}) > 3
 
 
-@pytest.mark.parametrize("sigma, taps, height, width", [
-    (0.1, 3, 8, 5), (1.0, 5, 16, 9), (2.0, 9, 24, 31), (1.3, 23, 24, 13), (0.7, 1, 4, 4)])
-def test_blur_is_gaussian_blur(sigma, taps, height, width):
-    x = noise(3, height, width)
-    expected = TF.gaussian_blur(x, [taps, taps], [sigma, sigma])
-    assert far(common.blur(x, (sigma, sigma), taps, p=1.0), expected) < 1e-5
-
-
-def test_flip_and_grey():
-    x = noise(4, 5, 6)
+def test_single_operations_are_torchvisions():
+    x = torch.cat([noise(4, 24, 31), noise(4, 24, 31).round()])  # with greys, ties, pure colours
+    x[0] = x[0, :1]
+    for shift in (-0.5, -0.21, 0.0, 0.1, 0.37, 0.5):
+        got = common.turn_hue(x, torch.full((8, 1, 1, 1), shift))
+        assert far(got, TF.adjust_hue(x, shift)) < 1e-5
+    for sigma, taps in ((0.1, 3), (1.0, 5), (2.0, 9), (1.3, 23), (0.7, 1)):
+        expected = TF.gaussian_blur(x, [taps, taps], [sigma, sigma])
+        assert far(common.blur(x, (sigma, sigma), taps, p=1.0), expected) < 1e-5
+    x = (x * 255).round() / 255  # as images come: some values are the threshold
     assert torch.equal(common.flip(x, 1.0), TF.horizontal_flip(x))
     assert far(common.grey(x, 1.0), TF.rgb_to_grayscale(x, 3)) < 1e-6
-    assert far(common.to_grey(x), TF.rgb_to_grayscale(x, 1)) < 1e-6
-
-
-@pytest.mark.parametrize("threshold", [0.5, 0.2, 128 / 255])
-def test_solarize_is_torchvisions_on_the_chosen(threshold):
-    x = (noise(400, 5, 6) * 255).round() / 255  # as images come: some values are the threshold
-    common.reseed(7)
-    got = common.solarize(x, 0.3, threshold)
-    chosen = (got != x).flatten(1).any(1)
-    assert torch.equal(got[chosen], TF.solarize(x, threshold)[chosen])
-    assert abs(chosen.float().mean() - 0.3) < 0.08
+    for threshold in (0.5, 0.2, 128 / 255):
+        assert torch.equal(common.solarize(x, 1.0, threshold), TF.solarize(x, threshold))
 
 
 @pytest.mark.parametrize("op, versions", [
@@ -202,15 +877,14 @@ def test_solarize_is_torchvisions_on_the_chosen(threshold):
     (lambda x, p: common.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p), None)],
     ids=["flip", "grey", "solarize", "blur", "color_jitter"])
 def test_every_image_has_its_own_draw(op, versions):
-    n = 400
-    x = noise(1, 6, 6).expand(n, -1, -1, -1)
+    x = noise(1, 6, 6).expand(400, -1, -1, -1)
     common.reseed(5)
     assert far(op(x, 0.0), x) < 1e-5
     y = op(x, 0.3)
-    same = (y - x).abs().amax((1, 2, 3)) < 1e-5
-    assert abs(same.float().mean() - 0.7) < 0.08  # 3.5 standard deviations
-    different = len(y[~same].mul(1e5).round().unique(dim=0)) + 1
-    assert different == versions or versions is None and different > 0.9 * int((~same).sum())
+    kept = (y - x).abs().amax((1, 2, 3)) < 1e-5
+    assert abs(kept.float().mean() - 0.7) < 0.08  # 3.5 standard deviations
+    different = len(y[~kept].mul(1e5).round().unique(dim=0)) + 1
+    assert different == versions or versions is None and different > 0.9 * int((~kept).sum())
     assert y.min() >= 0 and y.max() <= 1 + 1e-6
 
 
@@ -220,6 +894,8 @@ def test_every_image_has_its_own_draw(op, versions):
 
 VIEWS = [common.Crop(16, (0.2, 1.0), RATIO, count=2), common.Crop(8, (0.05, 0.3), RATIO)]
 CENTRE = [common.Crop(16, 1.0)]
+SIZES = [(40, 30), (401, 400), (96, 128), (400, 401), (64, 64), (37, 50), (150, 333), (20, 20),
+         (77, 99)]
 
 
 def photo(height, width, seed=0):
@@ -227,10 +903,6 @@ def photo(height, width, seed=0):
     rng, y = np.random.default_rng(seed), np.linspace(0, 3, height)[:, None, None]
     x, a = np.linspace(0, 3, width)[None, :, None], rng.uniform(0.5, 2, (2, 3))
     return np.uint8(127 + 120 * np.sin(a[0] * x + a[1] * y))
-
-
-SIZES = [(40, 30), (401, 400), (96, 128), (400, 401), (64, 64), (37, 50), (150, 333), (20, 20),
-         (77, 99)]
 
 
 @pytest.fixture(scope="module")
@@ -241,125 +913,85 @@ def photos(tmp_path_factory):
     return root
 
 
-def stored(root, workers):
-    """All images of a folder, in memory or (workers 0, 1, ...) streamed."""
+def stored(root, memory_gb=8.0):
+    """The images of a folder, in memory or with 0 GB streamed."""
     data = common.Data(str(root))
-    data.read(16, CPU, 8.0 if workers is None else 0.0, 1)
-    assert bool(data.train.files) == (workers is not None)
+    data.read(16, CPU, memory_gb, 1)
+    assert bool(data.train.files) == (memory_gb == 0)
     return data.train
 
 
-def run(images, crops, order=None, workers=None, seed=(7, 1), first=0, size=2):
+def served(images, crops, order=None, workers=0, seed=(7, 1), first=0, size=2):
     """[views..., index, a draw of the consumer] of every batch."""
     order = torch.arange(len(images.labels)) if order is None else order
-    found = common.batches(images, order, size, crops, CPU, workers or 0, seed, first)
+    found = common.batches(images, order, size, crops, CPU, workers, seed, first)
     return [[*views, index, torch.rand(3)] for views, index in found]
 
 
-def same(a, b):
-    return len(a) == len(b) and all(torch.equal(s, t) for p, q in zip(a, b) for s, t in zip(p, q))
-
-
-@pytest.mark.parametrize("workers", [None, 0, 2])
-def test_batches_depend_on_the_seed_and_the_place_alone(photos, workers):
-    images = stored(photos, workers)
-    got = run(images, VIEWS, workers=workers)
+def test_batches_depend_on_the_seed_and_the_place_alone(photos):
+    memory, streamed = stored(photos), stored(photos, 0.0)
+    got = served(memory, VIEWS)
     x1, x2, local, index, _ = got[0]
     assert x1.shape == x2.shape == (2, 3, 16, 16) and local.shape == (2, 3, 8, 8)
     assert x1.dtype == torch.float32 and index.tolist() == [0, 1]
     assert 0 <= min(v.min() for v in got[0][:3]) and 0.4 < max(v.max() for v in got[0][:3]) <= 1
-    assert [len(b[0]) for b in got] == [2, 2, 2, 2, 1]
-    assert far(x1, x2) > 0.01
+    assert [len(b[0]) for b in got] == [2, 2, 2, 2, 1] and far(x1, x2) > 0.01
     torch.rand(5)
-    assert same(got, run(images, VIEWS, workers=workers))
-    assert not same(got, run(images, VIEWS, workers=workers, seed=(7, 2)))
     rest = torch.arange(4, len(SIZES))
-    assert same(got[2:], run(images, VIEWS, rest, workers, first=2))
-    if workers:
-        assert same(got, run(images, VIEWS, workers=0))
-
-
-@pytest.mark.parametrize("workers", [None, 0])
-def test_two_equal_images_get_different_crops(photos, workers):
-    images = stored(photos, workers)
-    if workers is None:
-        x1, x2, *_ = run(images, VIEWS[:1], torch.tensor([2, 2, 2]), size=3)[0]
-    else:  # an order holds a file once; a copy of it is another index
-        twin = common.Images(images.labels[:3], files=[images.files[2]] * 3)
-        x1, x2, *_ = run(twin, VIEWS[:1], workers=workers, size=3)[0]
-    crops = torch.cat([x1, x2])
-    assert min(far(crops[i], crops[j]) for i in range(6) for j in range(i)) > 0.01
+    for images, workers in ((memory, 0), (streamed, 0), (streamed, 2)):
+        again = served(images, VIEWS, workers=workers)
+        assert all(far(a, b) < 1e-5 for p, q in zip(got, again) for a, b in zip(p, q))
+        assert same(again, served(images, VIEWS, workers=workers))
+        assert not same(again, served(images, VIEWS, workers=workers, seed=(7, 2)))
+        assert same(again[2:], served(images, VIEWS, rest, workers, first=2))
 
 
 def test_reseed_tells_all_tuples_apart():
-    def draw(*numbers):
-        common.reseed(*numbers)
-        return torch.rand(1).item()
-
     tuples = [(0,), (1,), (0, 1), (1, 1), (1, 2), (2, 1), (1, 2, 3), (1, 3, 2), (2**31, 1, 0, 1)]
-    assert len({draw(*t) for t in tuples}) == len(tuples)
-    assert draw(1, 2, 3) == draw(1, 2, 3)
+    drawn = [common.reseed(*t) or torch.rand(1).item() for t in [*tuples, (1, 2, 3)]]
+    assert len(set(drawn)) == len(tuples) and drawn[-1] == drawn[6]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.875])
-def test_memory_and_stream_give_the_same_views(photos, capsys, scale):
-    crop = [common.Crop(16, scale)]
-    memory, stream = [run(stored(photos, w), crop, workers=w) for w in (None, 0)]
-    assert "unreadable" not in capsys.readouterr().out
-    for (a, i, _), (b, j, _) in zip(memory, stream):
-        assert torch.equal(i, j)
-        assert (a - b).abs().mean((1, 2, 3)).max() < 2 / 255
-    square = torch.from_numpy(photo(64, 64, 4)).permute(2, 0, 1) / 255
-    side = round(64 * scale)
-    expected = TF.resize(TF.center_crop(square, [side, side]), [16, 16], antialias=True)
-    assert far(memory[2][0][0], expected) < 1e-2
+def test_a_central_view_is_torchvisions(photos, scale):
+    for images in (stored(photos), stored(photos, 0.0)):
+        x = served(images, [common.Crop(16, scale)])[2][0][0]
+        square = torch.from_numpy(photo(64, 64, 4)).permute(2, 0, 1) / 255
+        side = round(64 * scale)
+        expected = TF.resize(TF.center_crop(square, [side, side]), [16, 16], antialias=True)
+        assert far(x, expected) < 1e-2
 
 
-def test_random_crops_from_files_are_those_of_random_boxes(tmp_path):
-    """A picture whose colours are its coordinates shows which box was cut out of it."""
-    ramp = np.linspace(0, 255, 256)
-    image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 0.0), 2)
-    Image.fromarray(np.uint8(image)).save(tmp_path / "a.png")
-    files = stored(tmp_path, 0).files
-    twins = common.Images(torch.full((300,), -1), files=files * 300)
-    x, *_ = run(twins, [common.Crop(8, (0.1, 0.9), RATIO)], size=300)[0]
-    h, w = ((x[:, c].amax((1, 2)) - x[:, c].amin((1, 2))) * 255 * 8 / 7 for c in (0, 1))
-    common.reseed(6)
-    boxes = common.random_boxes(torch.full((2000, 2), 256), (0.1, 0.9), RATIO)
-    for mine, theirs in ((h, boxes[:, 2]), (w, boxes[:, 3]), (h * w, boxes[:, 2] * boxes[:, 3])):
-        assert kolmogorov_smirnov(mine, theirs) < 1
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_file_in_the_stream_is_replaced_and_reported_once(photos, capsys, workers):
-    images = stored(photos, 0)
-    files = [f.replace("3.jpg", "none.jpg") for f in images.files]
-    broken = common.Images(torch.arange(len(files)), files=files)
-    capsys.readouterr()
+def test_a_broken_file_leaves_the_stream_and_others_stand_in(photos, capsys):
+    good = [str(f) for f in sorted(photos.iterdir())]
+    broken = [os.fsdecode(b"caf\xe9.jpg"), *(f"/none/{i}.jpg" for i in range(8))]
+    files = [f for pair in zip(good, broken) for f in pair]
+    images = common.Images(torch.arange(18), files=[*files], shorter=48)
     for epoch in range(2):
-        found = run(broken, CENTRE, workers=workers, seed=(0, epoch))
-        assert torch.cat([b[1] for b in found]).tolist() == [0, 1, 2, 4, 4, 5, 6, 7, 8]
-        assert torch.equal(found[1][0][1], found[2][0][0])
+        found = torch.cat([b[1] for b in served(images, CENTRE, workers=2, seed=(0, epoch))])
+        assert found[::2].tolist() == list(range(0, 18, 2))  # what can be read stays in its place
+        assert (found % 2).max() == 0 and len(set(found[1::2].tolist())) > 4
+    assert images.files == [None if f in broken else f for f in files]
     out = capsys.readouterr().out
-    assert out.count("none.jpg") == 1 and "1 image file" in out
+    assert out.count("left out") == 9 and "caf\\udce9.jpg" in out and "No such file" in out
 
 
-@pytest.mark.parametrize("memory_gb, workers", [(8.0, 1), (0.0, 0), (0.0, 2)])
-def test_nothing_readable_is_an_error(tmp_path, capsys, memory_gb, workers):
+@pytest.mark.parametrize("memory_gb", [8.0, 0.0])
+def test_nothing_readable_is_an_error(tmp_path, capsys, memory_gb):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_text("no image")
-
-    def go():
-        data = common.Data(str(tmp_path))
-        data.read(16, CPU, memory_gb, workers)
-        run(data.train, CENTRE, workers=workers)
-
-    fails(capsys, go, "image file")
+    data = common.Data(str(tmp_path))
+    assert "can be read" in fails(lambda: data.read(16, CPU, memory_gb, 2), capsys)
+    images = common.Images(torch.zeros(2), files=["a.jpg", "b.jpg"], shorter=9)
+    assert "can be read" in fails(lambda: served(images, CENTRE), capsys)
 
 
 # ==================================================================================================
 # Sets
 # ==================================================================================================
+
+READ = (16, CPU, 8.0, 1)  # size, device, memory_gb, workers
+TRAIN = dict(train__a=12, train__b=8)
 
 
 def tree(root, **counts):
@@ -372,68 +1004,101 @@ def tree(root, **counts):
     return str(root)
 
 
-TRAIN = dict(train__a=12, train__b=8)
+def classes_of(files):
+    return ["ab".index(Path(f).parent.name) for f in files]
 
 
 @pytest.mark.parametrize("counts, train, fit, val, test", [
     (TRAIN | dict(val__a=3, val__b=4, test__a=2, test__b=3), 20, 20, 7, 5),
     (TRAIN | dict(validation__a=3, validation__b=4, test__b=3), 20, 20, 7, 3),
-    (TRAIN | dict(val__a=3, val__b=4), 20, 18, 2, 7),
-    (TRAIN | dict(test__a=3, test__b=1), 20, 18, 2, 4),
-    (TRAIN, 18, 16, 2, 2)],
-    ids=["train val test", "train validation test", "train val", "train test", "train"])
-def test_folders_with_labels(tmp_path, counts, train, fit, val, test):
+    (TRAIN | dict(val__a=3, val__b=4), 20, 17, 3, 7),
+    (dict(Train__a=12, Train__b=8, Test__a=3, Test__b=1), 20, 17, 3, 4),
+    (TRAIN, 17, 15, 2, 3)],
+    ids=["train val test", "train validation test", "train val", "Train Test", "train"])
+def test_folders_with_labels(tmp_path, counts, train, fit, val, test, capsys):
     data = common.Data(tree(tmp_path, **counts))
     data.read(*READ)
     parts = {"fit": data.fit, "val": data.val, "test": data.test}
     assert len(data.train.labels) == len(data.train.pixels) == train and data.labelled
     assert {k: len(index) for k, (_, index) in parts.items()} == dict(fit=fit, val=val, test=test)
-    assert data.side == 20
-    held = [{(id(images), i) for i in index.tolist()} for images, index in parts.values()]
-    assert len(set.union(*held)) == fit + val + test  # no image in two of them
-    assert set(data.train.labels.tolist()) == {0, 1}
-    share = data.train.labels.float().mean()
-    assert train < 20 or share == 0.4
-    other = common.Data(str(tmp_path))
-    assert other.parts["train"][0] == data.parts["train"][0]
-    files, labels = data.parts["test"]
-    assert ["ab"[c] for c in labels.tolist()] == [f.split(os.sep)[-2] for f in files]
+    members = [{(id(images), i) for i in index.tolist()} for images, index in parts.values()]
+    assert len(set.union(*members)) == fit + val + test  # no image in two of them
+    for part in (data.fit, data.val):  # of every class a tenth is held out
+        assert set(part[0].labels[part[1]].tolist()) == {0, 1}
+    assert common.Data(str(tmp_path)).parts["train"][0] == data.parts["train"][0]
+    for files, labels in data.parts.values():
+        assert classes_of(files) == labels.tolist()
+    assert f"2 classes; images: train {train}, " in capsys.readouterr().out and data.side == 20
 
 
 @pytest.mark.parametrize("counts", [dict(x=6, y__deep=5), dict(train=11)], ids=["tree", "train"])
-def test_folders_without_labels(tmp_path, counts):
+def test_folders_without_labels(tmp_path, counts, capsys):
     data = common.Data(tree(tmp_path, **counts))
     data.read(*READ)
     assert not data.labelled and set(data.train.labels.tolist()) == {-1}
     assert len(data.train.labels) == 11 and len(data.fit[1]) == 9 and len(data.val[1]) == 2
+    assert "no train/<class>/*, so no labels; images: train 11; 0 other" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("counts", [
-    dict(), dict(train__a=0), TRAIN | dict(test__a=0), TRAIN | dict(test__other=3),
-    TRAIN | dict(val__a=0, test__a=3), dict(train__a=1)],
-    ids=["empty", "empty class", "empty test", "test of other classes", "empty val", "one image"])
-def test_folders_that_lack_images_fail_at_once(tmp_path, capsys, counts):
-    fails(capsys, lambda: common.Data(tree(tmp_path, **counts)), str(tmp_path))
+def test_what_is_no_data_is_left_out(tmp_path, capsys):
+    """Hidden names, other files, runs; links are followed, once. One class only is warned of."""
+    tree(tmp_path / "data", train__a=3, test__a=2)
+    tree(tmp_path / "elsewhere", x=4)
+    a = tmp_path / "data" / "train" / "a"
+    for hidden in ("train/.ipynb_checkpoints", "train/a/.thumbs", "train/a/run"):
+        tree(tmp_path / "data", **{hidden.replace("/", "__"): 2})
+    shutil.copy(a / "0.png", a / "._0.png")
+    for file in ("notes.txt", "b.heic0", "run/args.json", "run/metrics.jsonl"):
+        (a / file).touch()
+    (a / "linked").symlink_to(tmp_path / "elsewhere")
+    (a / "loop").symlink_to(a)
+    data = common.Data(str(tmp_path / "data"))
+    assert len(data.parts["train"][0]) == 7
+    out = capsys.readouterr().out
+    assert "1 classes; images: train 7, test 2; 2 other files ignored" in out
+    assert "warning: all images have one class" in out
 
 
-def test_unknown_name_fails(capsys):
-    fails(capsys, lambda: common.Data("cifar11"), "cifar11", "cifar10", "shapes")
+@pytest.mark.parametrize("counts, word", [
+    (dict(), "no images"), (dict(train__a=0), "no images"), (TRAIN | dict(test__B=3), "test has"),
+    (TRAIN | dict(test__a=0), "test"), (TRAIN | dict(val__a=0, test__a=3), "val"),
+    (dict(train__a=1), "train")],
+    ids=["empty", "empty class", "other classes", "empty test", "empty val", "one image"])
+def test_folders_that_lack_images_fail_at_once(tmp_path, capsys, counts, word):
+    # not yet so for the last three: IndexError in Data.load, for test at the end of the run
+    def go():
+        data = common.Data(tree(tmp_path, **counts))
+        data.read(*READ)
+        assert len(data.test[1])
+
+    assert word in fails(go, capsys)
+
+
+def test_hold_out():
+    labels = torch.tensor([0] * 60 + [1] + [2] * 2 + [3] * 11)
+    kept, tenth = common.hold_out(labels)
+    assert sorted([*kept.tolist(), *tenth.tolist()]) == list(range(74))
+    assert labels[tenth].bincount().tolist() == [6, 0, 1, 2]  # the only one stays
+    assert (tenth[:6] > 8).any()
 
 
 def test_limit(tmp_path):
     root = tree(tmp_path, **TRAIN, test__a=9, test__b=2)
     five, eight, many = (common.Data(root, limit=n) for n in (5, 8, 100))
-    assert [len(d.parts["train"][0]) for d in (five, eight, many)] == [5, 8, 20]
-    assert [len(d.parts["test"][0]) for d in (five, eight, many)] == [5, 8, 11]
+    for part, counts in (("train", [5, 8, 20]), ("test", [5, 8, 11])):
+        assert [len(d.parts[part][0]) for d in (five, eight, many)] == counts
     assert eight.parts["train"][0][:5] == five.parts["train"][0]
     for files, labels in eight.parts.values():
-        assert ["ab"[c] for c in labels.tolist()] == [f.split(os.sep)[-2] for f in files]
+        assert classes_of(files) == labels.tolist()
 
 
-def test_memory_limit_switches_to_streaming_and_says_so(tmp_path, capsys):
-    root = tree(tmp_path, **TRAIN, test__a=9)
-    for memory_gb, streamed in ((8.0, False), (1e-5, True)):
-        data = common.Data(root)
+def test_memory_limit_is_of_what_the_images_take(tmp_path, capsys):
+    tree(tmp_path, x=60)
+    for i, size in enumerate(((900, 40), (40, 900))):  # the middle is kept: 80 x 40, 40 x 80
+        Image.new("RGB", size).save(tmp_path / "x" / f"long{i}.png")
+    data = common.Data(str(tmp_path))
+    take = 62 * 3 * 80 * 80 / 2**30
+    for memory_gb, streamed in ((1.01 * take, False), (0.99 * take, True)):
         data.read(16, CPU, memory_gb, 2)
         assert bool(data.train.files) == streamed == (data.train.pixels is None)
         assert ("streamed" in capsys.readouterr().out) == streamed
@@ -442,19 +1107,19 @@ def test_memory_limit_switches_to_streaming_and_says_so(tmp_path, capsys):
 def test_broken_files_are_skipped_counted_and_listed(tmp_path, capsys):
     root = tree(tmp_path, train__a=5, train__b=5, test__a=2)
     file = tmp_path / "train" / "a" / "cut.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(file)
-    file.write_bytes(file.read_bytes()[:2000])
+    Image.fromarray(photo(90, 90)).save(file)
+    file.write_bytes(file.read_bytes()[:1000])
     (tmp_path / "train" / "b" / "text.jpg").write_text("no image")
-    (tmp_path / "train" / "b" / "notes.txt").write_text("not even named like one")
     data = common.Data(root)
     data.read(*READ)
     assert data.train.labels.tolist() == [0] * 5 + [1] * 5
     out = capsys.readouterr().out
-    assert "2 image file" in out and "cut.jpg" in out and "text.jpg" in out and "notes" not in out
+    assert re.search(r"2 image file\(s\) \(.*cut.jpg, .*text.jpg\): .*truncated", out)
 
 
 def grey16(low, high):
-    return Image.fromarray(np.linspace(low, high, 400).reshape(20, 20).astype(np.uint16))
+    """From low at the left to high at the right."""
+    return Image.fromarray(np.linspace(low, high, 400).reshape(20, 20).astype(np.uint16)).rotate(90)
 
 
 def palette():
@@ -468,9 +1133,9 @@ KINDS = {  # name -> image, how to save it, colour of its left and right quarter
     "grey.png": (Image.new("L", (20, 20), 100), {}, (100,) * 3, (100,) * 3),
     "bilevel.png": (Image.new("1", (20, 20), 1), {}, (255,) * 3, (255,) * 3),
     "cmyk.jpg": (Image.new("CMYK", (20, 20), (0, 255, 255, 0)), {}, (254, 0, 0), (254, 0, 0)),
-    "16bit.png": (grey16(32768, 32768), {}, (128,) * 3, (128,) * 3),
-    "16bit-range.png": (grey16(0, 65535).rotate(90), {}, (32,) * 3, (223,) * 3),
-    "16bit-dark.png": (grey16(0, 200), {}, (0,) * 3, (0,) * 3),
+    "16bit.png": (grey16(0, 65535), {}, (32,) * 3, (223,) * 3),
+    "12bit.png": (grey16(0, 4095), {}, (32,) * 3, (223,) * 3),
+    "float.tiff": (Image.new("F", (20, 20), 0.5), {}, (127,) * 3, (127,) * 3),
     "alpha.png": (Image.new("RGBA", (20, 20), (9, 9, 9, 0)), {}, (255,) * 3, (255,) * 3),
     "grey-alpha.png": (Image.new("LA", (20, 20), (0, 128)), {}, (127,) * 3, (127,) * 3),
     "palette.png": (palette(), {}, (0, 0, 0), (200, 30, 60)),
@@ -478,6 +1143,8 @@ KINDS = {  # name -> image, how to save it, colour of its left and right quarter
     "palette.gif": (palette(), {"transparency": 0}, (255,) * 3, (200, 30, 60)),
     "wide.png": (Image.new("RGB", (2000, 3), (9, 99, 199)), {}, (9, 99, 199), (9, 99, 199)),
     "tall.jpg": (Image.new("RGB", (3, 2000), (90, 90, 90)), {}, (90,) * 3, (90,) * 3),
+    "metadata.jpg": (Image.new("RGB", (20, 20), (90, 90, 90)),
+                     {"exif": b"Exif\0\0II*\0\x08\0\0\0\xff\xff garbage"}, (90,) * 3, (90,) * 3),
 }
 
 
@@ -485,93 +1152,69 @@ KINDS = {  # name -> image, how to save it, colour of its left and right quarter
 def test_every_kind_of_image_in_memory_and_streamed(tmp_path, name):
     image, how, left, right = KINDS[name]
     image.save(tmp_path / name, **how)
-    for workers in (None, 0):
-        x = run(stored(tmp_path, workers), CENTRE, workers=workers)[0][0][0] * 255
+    for memory_gb in (8.0, 0.0):
+        x = served(stored(tmp_path, memory_gb), CENTRE)[0][0][0] * 255
         for part, colour in ((x[:, :, :4], left), (x[:, :, -4:], right)):
-            mean = part.mean((1, 2))
-            assert (mean - torch.tensor(colour)).abs().max() < 3, (workers, mean)
+            assert far(part.mean((1, 2)), torch.tensor(colour)) < 3, memory_gb
+
+
+def test_long_images_stay_sharp(tmp_path):
+    Image.fromarray(photo(60, 900)).save(tmp_path / "a.png")
+    assert common.read_image(tmp_path / "a.png", 48).shape == (48, 96, 3)
+    assert common.read_image(tmp_path / "a.png", 99).shape == (60, 120, 3)
 
 
 @pytest.mark.parametrize("orientation, turn", [
     (1, None), (2, "FLIP_LEFT_RIGHT"), (3, "ROTATE_180"), (4, "FLIP_TOP_BOTTOM"),
     (5, "TRANSPOSE"), (6, "ROTATE_90"), (7, "TRANSVERSE"), (8, "ROTATE_270")])
-def test_exif_rotation_in_memory_and_streamed(tmp_path, orientation, turn):
-    """The camera stored the picture turned, and wrote down how: we see it upright."""
+def test_exif_rotation(tmp_path, orientation, turn):
+    """The camera stored the picture turned, and wrote down how: it comes upright."""
     upright = Image.fromarray(photo(160, 240, 3))
     camera = upright.transpose(getattr(Image.Transpose, turn)) if turn else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
     camera.save(tmp_path / "a.jpg", exif=exif, quality=95)
     expected = TF.resize(TF.center_crop(TF.pil_to_tensor(upright) / 255, [160, 160]), [16, 16])
-    for workers in (None, 0):
-        images = stored(tmp_path, workers)
-        assert workers is not None or images.sizes.tolist() == [[43, 64]]
-        x = run(images, CENTRE, workers=workers)[0][0][0]
-        assert (x - expected).abs().mean() < 3 / 255, workers
-
-
-def fake(monkeypatch, kind, pixels, labels):
-    """Put a set of these images (uint8) and labels in place of torchvision's `kind`."""
-    class Fake:
-        def __init__(self, root, download=False, **split):
-            assert download
-            self.images = pixels if "train" in str(split.get("split", "")) or split.get("train") \
-                else pixels[:4]
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, i):
-            return Image.fromarray(self.images[i]), labels[i]
-
-    monkeypatch.setattr(datasets, kind, Fake)
+    images = stored(tmp_path)
+    assert images.sizes.tolist() == [[48, 72]]
+    assert (served(images, CENTRE)[0][0][0] - expected).abs().mean() < 3 / 255
 
 
 @pytest.mark.parametrize("name, kind, shape", [
     ("cifar10", "CIFAR10", (32, 32, 3)), ("cifar100", "CIFAR100", (32, 32, 3)),
-    ("fashionmnist", "FashionMNIST", (28, 28)), ("stl10", "STL10", (96, 96, 3))])
+    ("fashionmnist", "FashionMNIST", (28, 28)), ("stl10", "STL10", (96, 96, 3)),
+    ("imagenette", "Imagenette", (160, 160, 3))])
 def test_sets_of_torchvision(monkeypatch, tmp_path, name, kind, shape):
     pixels = np.random.default_rng(0).integers(0, 256, (30, *shape), np.uint8)
-    labels = [i % 3 for i in range(30)]
-    if name == "stl10":
-        labels[10:] = [-1] * 20
-    fake(monkeypatch, kind, pixels, labels)
+    labels = [-1 if name == "stl10" and i >= 10 else i % 3 for i in range(30)]
+
+    def fake(root, download, size="160px", split="train", train=True):
+        assert download and size == "160px"
+        n = 30 if train and split in ("train", "train+unlabeled") else 4
+        return [(Image.fromarray(p), label) for p, label in zip(pixels[:n], labels)]
+
+    monkeypatch.setattr(datasets, kind, fake)
     data = common.Data(name, tmp_path)
     data.read(*READ)
     assert data.side == shape[0] and data.labelled
     assert data.train.labels.tolist() == labels and data.train.labels.dtype == torch.int64
-    assert data.train.pixels.dtype == torch.uint8
     expected = torch.from_numpy(pixels if pixels.ndim == 4 else np.stack([pixels] * 3, 3))
     assert torch.equal(data.train.pixels, expected.permute(0, 3, 1, 2))
     assert data.train.sizes.tolist() == [list(shape[:2])] * 30
-    known = 10 if name == "stl10" else 30
-    assert [len(p[1]) for p in (data.fit, data.val, data.test)] == [known * 9 // 10, known // 10, 4]
+    known = 10 if name == "stl10" else 30  # of three classes
+    assert [len(p[1]) for p in (data.fit, data.val, data.test)] == [known - 3, 3, 4]
     assert data.train.labels[torch.cat([data.fit[1], data.val[1]])].min() >= 0
-    few = common.Data(name, tmp_path, limit=3)
-    few.read(*READ)
-    assert len(few.train.labels) == len(few.test[1]) == 3
+    three = common.Data(name, tmp_path, limit=3)
+    three.read(*READ)
+    assert len(three.train.labels) == len(three.test[1]) == 3
 
 
-def test_imagenette_is_downloaded_small_and_once_and_read_as_a_folder(monkeypatch, tmp_path):
-    asked = []
-
-    def imagenette(root, split="train", size="full", download=False):
-        asked.append(size)
-        tree(root / "imagenette2-160", train__n01=10, train__n02=10, val__n01=3, val__n02=2)
-
-    monkeypatch.setattr(datasets, "Imagenette", imagenette)
-    data = common.Data("imagenette", tmp_path)
-    assert set(asked) == {"160px"}
-    assert [len(data.parts[k][0]) for k in ("train", "test")] == [20, 5]
-
-
-@pytest.mark.parametrize("name, kind", [("cifar10", "CIFAR10"), ("imagenette", "Imagenette")])
-def test_a_set_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys, name, kind):
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(datasets, kind, offline)
-    fails(capsys, lambda: common.Data(name, tmp_path), name, "no network", str(tmp_path))
+def test_a_set_that_is_not_there(monkeypatch, tmp_path, capsys):
+    for name in ("cifar11", ""):
+        assert f"--dataset '{name}'" in fails(lambda: common.Data(name), capsys)  # noqa: B023
+    monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **__: 1 / 0)
+    error = fails(lambda: common.Data("cifar10", tmp_path), capsys)
+    assert "cifar10" in error and "division" in error and str(tmp_path) in error
 
 
 # ==================================================================================================
@@ -587,15 +1230,15 @@ def test_shapes(size):
     assert labels.shape == (n,) and labels.dtype == torch.int64
     assert masks.shape == depth.shape == (n, size, size)
     assert masks.dtype == torch.bool and depth.is_floating_point()
-    assert all(torch.equal(a, b) for a, b in zip(made, common.shapes(n, size, 5)))
+    assert same(made, common.shapes(n, size, 5))
     assert not torch.equal(images, common.shapes(n, size, 6)[0])
     counts = labels.bincount(minlength=10)
     assert len(common.SHAPES) == len(counts) == 10 and counts.max() - counts.min() <= 1
     assert (labels[1:] != labels[:-1]).any() and images.float().std() > 10
     share = masks.float().mean((1, 2))
     assert share.min() > 0.03 and share.max() < 0.7
-    near, far_away = ((depth * m).sum((1, 2)) / m.sum((1, 2)) for m in (masks, ~masks))
-    assert (near < far_away).all() and depth.isfinite().all()
+    near, distant = ((depth * m).sum((1, 2)) / m.sum((1, 2)) for m in (masks, ~masks))
+    assert (near < distant).all() and depth.isfinite().all()
 
 
 def test_shapes_through_data(tmp_path):
@@ -603,27 +1246,10 @@ def test_shapes_through_data(tmp_path):
     data.read(24, CPU, 8.0, 0)
     assert data.side is None and data.labelled and not list(tmp_path.iterdir())
     assert data.train.pixels.shape == (40, 3, 24, 24) and data.test[0].pixels.shape[0] == 40
-    assert [len(p[1]) for p in (data.fit, data.val, data.test)] == [36, 4, 40]
-    flat = [p.flatten(1).tolist() for p in (data.train.pixels, data.test[0].pixels)]
-    assert not {tuple(p) for p in flat[0]} & {tuple(p) for p in flat[1]}
-
-
-def probe(features, labels):
-    """Top-1 in % on the second half of a linear classifier fitted to the first."""
-    x = (features - features.mean(0)) / (features.std(0) + 1e-6)
-    half = len(x) // 2
-    w = torch.zeros(x.shape[1] + 1, 10, requires_grad=True)
-    optimiser = torch.optim.LBFGS([w], max_iter=60)
-
-    def loss():
-        optimiser.zero_grad()
-        out = F.cross_entropy(x[:half] @ w[1:] + w[0], labels[:half]) + 1e-3 * w[1:].square().sum()
-        out.backward()
-        return out
-
-    optimiser.step(loss)
-    found = (x[half:] @ w[1:] + w[0]).argmax(1)
-    return 100 * float((found == labels[half:]).float().mean())
+    assert [len(p[1]) for p in (data.fit, data.val, data.test)] == [30, 10, 40]
+    flat = [{tuple(p) for p in part.pixels.flatten(1).tolist()}
+            for part in (data.train, data.test[0])]
+    assert not flat[0] & flat[1]
 
 
 def hues(images, masks):
@@ -643,211 +1269,365 @@ def position_and_size(images, masks):
     return torch.stack([y, x, (area / size**2).sqrt()], 1)
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    return common.shapes(4000, 24, 0)
+def test_colour_and_place_do_not_tell_the_class():
+    images, labels, masks, _ = common.shapes(4000, 24, 0)
 
+    def top1(x):
+        return simclr.regression_path(x[::2], labels[::2], x[1::2], labels[1::2], [1e-3])[0]
 
-@pytest.mark.parametrize("features", [hues, position_and_size])
-def test_colour_and_place_do_not_tell_the_class(drawn, features):
-    images, labels, masks, _ = drawn
-    assert probe(features(images, masks), labels) < 15
-
-
-def test_the_guards_would_see_a_leak(drawn):
-    images, labels, masks, _ = drawn
+    assert top1(hues(images, masks)) < 15 and top1(position_and_size(images, masks)) < 15
+    # a leak would show
     tinted = images * (1 - 0.1 * labels.view(-1, 1, 1, 1) * torch.tensor([1, 0, 0]).view(3, 1, 1))
-    assert probe(hues(tinted, masks), labels) > 20
     moved = torch.stack([m.roll(2 * int(c) - 9, 1) for m, c in zip(masks, labels)])
-    assert probe(position_and_size(images, moved), labels) > 20
+    assert top1(hues(tinted, masks)) > 20 and top1(position_and_size(images, moved)) > 17
 
 
 # ==================================================================================================
-# What goes out
+# In the background: processes of their own
 # ==================================================================================================
 
 
-def test_fail(capsys):
-    fails(capsys, lambda: common.fail("so it is"), "so it is")
+def command(name, folder, argv):
+    """NAME.py, started in a folder with common.py and nothing else."""
+    folder.mkdir()
+    for file in (f"{name}.py", "common.py"):
+        shutil.copy(ROOT / file, folder)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.Popen([sys.executable, f"{name}.py", *tiny(name, *argv.split())], text=True,
+                            cwd=folder, env=env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_number():
-    whole, share = common.number(int, 1), common.number(float, 0, 1)
-    assert whole("3") == 3 and share("1") == 1.0 and share("0") == 0.0
-    wrong = [(whole, "0"), (whole, "1.5"), (share, "1.01"), (share, "nan"), (share, "x")]
-    for parse, text in wrong:
-        with pytest.raises(ValueError):
-            parse(text)
-    assert "int from 1" in whole.__name__
+def finish(name, folder):
+    process = command(name, folder, "--epochs 2 --eval-every 2")
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    return name, next((folder / "runs").iterdir()), out
 
 
-@pytest.mark.parametrize("seconds, text", [
-    (0, "0:00"), (59.6, "1:00"), (90, "1:30"), (3599.6, "1:00:00"), (4000, "1:06:40"),
-    (1e5, "27:46:40")])
-def test_duration(seconds, text):
-    assert common.duration(seconds) == text
+@pytest.fixture(scope="module", autouse=True)
+def background(request, tmp_path_factory):
+    """Starts what the tests that were asked for will wait for."""
+    folder, both = tmp_path_factory.mktemp("background"), None
+    items = [item for item in request.session.items if item.path == request.path]
+    if any("both" in item.fixturenames for item in items):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            arguments = s.getsockname()[1], folder
+        both = torch.multiprocessing.spawn(two_processes, arguments, 2, join=False, daemon=True)
+    names = {i.callspec.params["finished"] for i in items if "finished" in i.fixturenames}
+    pool = ThreadPoolExecutor(1)
+    runs = {name: pool.submit(finish, name, folder / name) for name in METHODS if name in names}
+    yield SimpleNamespace(folder=folder, both=both, runs=runs)
+    pool.shutdown(cancel_futures=True)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.pt"
-    common.write(path, {"x": torch.arange(3)})
-    with pytest.raises(Exception, match="pickle|lambda"):
-        common.write(path, {"x": torch.zeros(9), "y": lambda: 0})
-    assert common.read_checkpoint(path)["x"].tolist() == [0, 1, 2]
-    text, monkey = tmp_path / "a.jsonl", []
-    common.write_rows(text, [{"epoch": 1}, {"epoch": 2}])
-
-    def crash(*args):
-        monkey.append(args)
-        raise OSError("killed")
-
-    with monkeypatch.context() as m:
-        m.setattr(os, "replace", crash)
-        with pytest.raises(OSError):
-            common.write(text, "half a li")
-    assert monkey and [json.loads(line)["epoch"] for line in text.open()] == [1, 2]
-    common.write(text, "new")
-    assert text.read_text() == "new"
-    assert {f.name for f in tmp_path.iterdir()} <= {"a.pt", "a.jsonl", "a.pt.part"}
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, background):
+    """A run of two epochs, started as a command -> its name, folder, output."""
+    return background.runs[request.param].result()
 
 
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
+@pytest.fixture(scope="module")
+def both(background):
+    """What each of two processes has found, and their folder."""
+    while not background.both.join():
+        pass
+    found = [torch.load(background.folder / f"{r}.pt", weights_only=False) for r in (0, 1)]
+    return found, background.folder
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "truncated", "text", "code", "no dict"])
-def test_checkpoints_that_are_none(tmp_path, monkeypatch, capsys, kind):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "a.pt"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "text":
-        path.write_text("no checkpoint")
-    elif kind != "missing":
-        content = {"truncated": {"x": torch.zeros(999)}, "code": {"x": Code()}, "no dict": [1]}
-        torch.save(content[kind], path)
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:1500])
-    fails(capsys, lambda: common.read_checkpoint(path), str(path))
-    assert not (tmp_path / "ran").exists()
+# ==================================================================================================
+# Whole runs: what they leave, stop and go on
+# ==================================================================================================
 
 
-def training(seed):
-    torch.manual_seed(seed)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    net(torch.randn(4, 3)).square().mean().backward()
-    optimiser.step()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return {"net": net, "optimiser": optimiser, "scaler": scaler, "queue": torch.randn(2, 5)}
+def test_a_run_writes_what_it_promises(finished):
+    name, folder, out = finished
+    assert {f.name for f in folder.iterdir()} == {
+        "args.json", "metrics.jsonl", "results.json", "last.pt", "backbone.pt", "curves.png",
+        "views.png"}
+    results = strict_json((folder / "results.json").read_text())
+    for k in """method dataset epochs seed device versions linear_top1 knn_top1 head_linear_top1
+            untrained_linear_top1 untrained_knn_top1 pixels_linear_top1 pixels_knn_top1
+            train_seconds total_seconds images_per_second peak_memory_mb verdict""".split():
+        assert k in results, k
+    tops = [v for k, v in results.items() if k.endswith("top1")]
+    assert len(tops) == 8 and all(0 <= v <= 100 for v in tops) and max(tops) > 1
+    first, second = rows_of(folder)
+    chance = float(re.search(r"^epoch 1: loss .*? \(chance (\S+)\)", out, re.M)[1])
+    for row in (first, second):
+        assert 0 < row["loss"] < 2 * chance and row["skipped"] == 0
+    assert "verdict" not in first and {"linear_top1", "knn_top1", "verdict"} <= second.keys()
+    args = strict_json((folder / "args.json").read_text())
+    assert (args["method"], args["batch_size"], args["images"]) == (name, 16, 48)
+    for picture in ("curves.png", "views.png"):
+        assert np.asarray(Image.open(folder / picture)).std() > 5
+    for text in ("recipe built-in:", "6 steps", "validation: linear", "test: linear",
+                 "h of the untrained network", "raw pixels", results["verdict"]):
+        assert text in out, text
 
 
-def test_save_and_restore(tmp_path, capsys):
-    path, args = tmp_path / "last.pt", SimpleNamespace(lr=0.1, out="x", workers=2, resume=False)
-    old, new = training(0), training(1)
-    common.save(path, "simclr", args, old, {"step": 7, "seconds": 1.5})
-    kept = new["queue"]
-    other = SimpleNamespace(lr=0.1, out="y", workers=0, resume=True)
-    assert common.restore(path, "simclr", other, new) == {"step": 7, "seconds": 1.5}
-    assert new["queue"] is kept and torch.equal(kept, old["queue"])
-    for a, b in zip(old["net"].state_dict().values(), new["net"].state_dict().values()):
-        assert torch.equal(a, b)
-    momentum = [[s["momentum_buffer"] for s in t["optimiser"].state.values()] for t in (old, new)]
-    assert all(torch.equal(a, b) for a, b in zip(*momentum)) and len(momentum[0]) == 4
-    wrong = SimpleNamespace(lr=0.2, out="x", workers=2, resume=True)
-    before = new["net"][0].weight.clone()
-    fails(capsys, lambda: common.restore(path, "simclr", wrong, new), "lr", "0.1", "0.2")
-    fails(capsys, lambda: common.restore(path, "byol", args, new), "simclr", "byol")
-    assert torch.equal(before, new["net"][0].weight)
+def test_the_backbone_is_the_one_that_was_evaluated(finished):
+    """Printed lines, backbone.pt and last.pt give its features; --eval gives the figures again, and
+    leaves the folder of the run as it is."""
+    name, folder, out = finished
+    text = re.search(r"for \(RGB in \[0, 1\] - (\(.+?\))\) / (\(.+?\)):\n\n(import torch.+)", out,
+                     re.S)
+    mean, std = (torch.tensor(eval(text[i])).view(3, 1, 1) for i in (1, 2))
+    if "timm" in text[3]:
+        pytest.importorskip("timm")
+    exec(text[3].replace("runs/", f"{folder.parent}/"), names := {})
+    x, meta = noise(2, 16, 16), load(folder, "backbone.pt")["meta"]
+    with torch.no_grad():
+        h = names["net"].eval()((x - mean) / std)
+    assert close(mean.flatten(), meta["mean"], 1e-6) and close(std.flatten(), meta["std"], 1e-6)
+    assert meta["epochs"] == 2 and h.std() > 1e-3
+    results = strict_json((folder / "results.json").read_text())
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    for source in ("last.pt", "backbone.pt"):
+        argv = tiny(name, "--eval", folder / source, "--out", folder)
+        net, data, run = tools.train(method(name), argv)
+        net.eval()
+        with torch.no_grad():
+            own = method(name).features(net, x, run.args) if name == "pretext" else net(x)
+        assert close(own[0], h, 1e-5)
+        assert run.seconds == 0 and run.folder.parent == folder.parent
+        if source == "last.pt" or name == "simclr":  # of a backbone alone z is random
+            with contextlib.redirect_stdout(io.StringIO()):
+                again = method(name).evaluate(net, data, run.args, run, test=True)
+            random = "head", "spread", "alignment", "uniformity", "rank_z"
+            for k, v in again.items():
+                if k != "verdict" and not (source == "backbone.pt" and k.startswith(random)):
+                    assert v == pytest.approx(results[k], abs=1e-3), k
+    assert before == {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
-@pytest.mark.parametrize("end", ["", "/"])
-def test_run_folder(tmp_path, capsys, monkeypatch, end):
-    out = tmp_path / "runs" / "a"
-    given = f"{out}{end}"
-    fails(capsys, lambda: common.run_folder(given, True), "--resume", "last.pt")
-    monkeypatch.setenv("RANK", "1")  # the first process makes it
-    assert common.run_folder(given, False) == out and not out.exists()
-    monkeypatch.setenv("RANK", "0")
-    assert common.run_folder(given, False) == out and out.is_dir()
-    assert common.run_folder(given, False) == out  # still empty
-    (out / "last.pt").touch()
-    assert common.run_folder(given, True) == out
-    second = common.run_folder(given, False)
-    assert second.name == "a-2" and second.parent == out.parent and second.is_dir()
-    (second / "results.json").touch()
-    assert common.run_folder(given, False).name == "a-3"
-    (out / "results.json").touch()
-    fails(capsys, lambda: common.run_folder(given, True), "--resume", "finished")
+def stopped_after(k, name, *argv):
+    """A tiny run, stopped by a signal in its k-th step."""
+    class Stopping(common.Run):
+        def log(self, ok, **figures):
+            if self.step + 1 == k:
+                signal.raise_signal(signal.SIGTERM)
+            super().log(ok, **figures)
+
+    with pytest.raises(SystemExit) as stopped:
+        tools.train(method(name), tiny(name, *argv), Stopping)
+    assert stopped.value.code == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_stop(kind):
-    before = [signal.getsignal(k) for k in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(KeyboardInterrupt), common.Stop() as stop:
-        assert stop.signal == stop.agreed(CPU) == 0
-        signal.raise_signal(kind)
-        assert stop.signal == stop.agreed(CPU) == kind
-        signal.raise_signal(signal.SIGINT)
-    assert [signal.getsignal(k) for k in (signal.SIGTERM, signal.SIGINT)] == before
+@pytest.mark.parametrize("name", [k for k in ("simclr", "moco", "dino") if k in METHODS])
+def test_resume_is_bit_for_bit(name, tmp_path):
+    argv = ["--epochs", "2", "--eval-every", "2" if name == "simclr" else "0", "--out"]
+    tools.train(method(name), tiny(name, *argv, tmp_path / "whole"))
+    whole = load(tmp_path / "whole")
+    for k in (2, 3, 6) if name == "simclr" else (2,):  # 3: at the end of an epoch
+        parts = tmp_path / f"parts{k}"
+        stopped_after(k, name, *argv, parts)
+        saved = load(parts)
+        assert saved["progress"]["step"] == k
+        assert not same(saved["state"], whole["state"]) or k == 6
+        common.reseed(k)  # nothing hangs on these
+        tools.train(method(name), tiny(name, *argv, parts, "--resume"))
+        assert same(load(parts)["state"], whole["state"]), k
+        assert rows_of(parts) == rows_of(tmp_path / "whole") and len(rows_of(parts)) == 2
 
 
-@pytest.mark.parametrize("terminal, tool, shown", [(True, True, True), (False, True, False),
-                                                   (True, False, False)])
-def test_bar(monkeypatch, capsys, terminal, tool, shown):
-    if not tool:
-        monkeypatch.setattr(common, "tqdm", None)
-    elif common.tqdm is None:
-        pytest.skip("no tqdm here")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-
-    def slow():
-        for i in range(3):
-            time.sleep(0.03)
-            yield i
-
-    bar, seen = common.Bar(slow(), 3, 0, "epoch 1/2"), []
-    for i in bar:
-        seen.append(i)
-        bar.say("loss 1.23")
-        time.sleep(0.06)
-    assert seen == [0, 1, 2] and 0.09 <= bar.waiting < bar.seconds - 0.17
-    assert ("epoch 1/2" in capsys.readouterr().err) == shown
+def test_a_process_that_gets_sigterm_goes_on(tmp_path):
+    argv = "--epochs 500 --eval-every 0 --out"
+    process = command("simclr", tmp_path / "cwd", f"{argv} run")
+    for line in process.stdout:
+        if line.startswith("epoch 1:"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM and "Traceback" not in process.stderr.read()
+    folder = tmp_path / "cwd" / "run"
+    step = load(folder)["progress"]["step"]
+    assert not (folder / "results.json").exists()
+    stopped_after(step + 2, "simclr", *argv.split(), folder, "--resume")
+    assert load(folder)["progress"]["step"] == step + 2 > 4
 
 
-ROWS = [{"epoch": 0, "top_1": 9.0}, {"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1, "top_1": 9}]
-PANELS = {"loss": ["loss"], "accuracy": ["top_1", "never_seen"]}
+def test_resume_is_refused(tmp_path, capsys):
+    images = Path(tree(tmp_path / "images", train__a=20, train__b=20))
+    last = tmp_path / "run" / "last.pt"
+    small = [simclr.OPTIONS[k][0] for k in ("arch", "stem")]
+    argv = ["--arch", small[0], "--stem", small[1], "--lr", 0.5, "--eval-every", 0, "--out",
+            tmp_path / "run", "--dataset"]
+    stopped_after(1, "simclr", *argv, images)
+    good = last.read_bytes()
+
+    def error(more=""):
+        return refused(simclr, tiny("simclr", *argv, images, "--resume", *more.split()), capsys)
+
+    for more, begun in (("--seed 1", "seed 0"), ("--lr 1", "lr 0.5"), ("--head none", "head mlp")):
+        assert f"the run had {begun}, not" in error(more)
+    (images / "train" / "a" / "0.png").rename(tmp_path / "0.png")
+    assert "the run had images 36, not 35" in error()
+    (tmp_path / "0.png").rename(images / "train" / "a" / "0.png")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    for broken in (good[:5000], (tmp_path / "other.pt").read_bytes()):
+        last.write_bytes(broken)
+        assert "last.pt" in error()
+    last.write_bytes(good)
+    # not yet so: load_data writes args.json before restore refuses
+    assert strict_json((tmp_path / "run" / "args.json").read_text())["lr"] == 0.5
+    tools.train(simclr, tiny("simclr", *argv, f"{images}/", "--resume", "--workers", "1"))  # same
 
 
-def test_curves(tmp_path):
-    pytest.importorskip("matplotlib")
-    common.curves(tmp_path / "curves.png", ROWS, PANELS)
-    image = Image.open(tmp_path / "curves.png")
-    assert image.format == "PNG" and image.width > image.height > 100
-    assert np.asarray(image.convert("L")).std() > 10
-    common.curves(tmp_path / "empty.png", [], PANELS)
-    assert {f.name for f in tmp_path.iterdir()} == {"curves.png", "empty.png"}
+# ==================================================================================================
+# Two processes
+# ==================================================================================================
 
 
-def test_curves_without_matplotlib(tmp_path, monkeypatch):
-    for module in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, module, None)
-    common.curves(tmp_path / "curves.png", ROWS, PANELS)
-    assert not list(tmp_path.iterdir())
+class Exact(Watched):
+    """Nothing is drawn, and normalisation is in eval mode unless `training`: in float64 what is
+    left of a run is the same for any number of processes, but for rounding."""
+
+    training = False
+
+    def __init__(self, args):
+        self.nets = []
+        super().__init__(args)
+
+    def compiled(self, f):
+        if not isinstance(f, nn.Module):  # augment
+            return lambda views, *_: [x.roll(2 * i, 3) for i, x in enumerate(views)]
+        self.nets.append(f)
+        return f
+
+    def batches(self, data, epoch, crops):
+        for net in self.nets:
+            net.train(self.training)
+        crops = [c._replace(scale=1.0, ratio=None) for c in crops]
+        return super().batches(data, epoch, crops)
 
 
-@pytest.mark.parametrize("sides", [(16, 16, 8), (224, 96)], ids=["small", "global and local crops"])
-def test_picture(tmp_path, sides):
-    tones = torch.linspace(0.1, 0.9, 2 * len(sides)).view(2, -1)  # (rows, columns)
-    columns = [tones[:, i].view(2, 1, 1, 1).expand(2, 3, s, s) for i, s in enumerate(sides)]
-    common.picture(tmp_path / "views.png", columns)
-    image = Image.open(tmp_path / "views.png")
-    assert image.format == "PNG" and image.mode == "RGB" and len(list(tmp_path.iterdir())) == 1
-    pixels = torch.from_numpy(np.array(image)).float() / 255
-    cell = [s // n for s, n in zip(pixels.shape, (2, len(sides)))]
-    assert min(cell) >= 96
-    for r in range(2):
-        for c in range(len(sides)):
-            middle = pixels[r * cell[0] + cell[0] // 2, c * cell[1] + cell[1] // 2]
-            assert far(middle, tones[r, c]) < 0.01
+class Training(Exact):
+    training = True
+
+
+class Detached(Exact):
+    """gather as it is often written: only what this process has made has a gradient."""
+
+    def gather(self, x):
+        parts = super().gather(x).detach().chunk(self.world)
+        return torch.cat([x if r == self.rank else part for r, part in enumerate(parts)])
+
+
+class Alone(Exact):
+    """Each process for itself, but for the gradients."""
+
+    def gather(self, x):
+        return x
+
+    def mean(self, x):
+        return x
+
+
+MISTAKES = {"simclr": [Detached, Alone], "dino": [Alone], "dinov2": [Alone]}
+ALSO = {"moco": ["--bn-splits 2", Training], "dinov2": ["--centering ema", Exact]}
+
+
+def exact(name, folder, flags="", kind=Exact):
+    """What an epoch in float64 leaves: `held` of its state."""
+    single = torch.Tensor.float
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda t: t.double() if t.ndim else single(t))
+        torch.set_default_dtype(torch.float64)
+        try:
+            argv = tiny(name, *"--epochs 1 --eval-every 0".split(), *flags.split(), "--out", folder)
+            _, _, run = tools.train(method(name), argv, kind)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    found = held(run.state)
+    assert sum(t.dtype == torch.float64 and t.abs().max() > 1e-3 for t in found.values()) > 12
+    return found
+
+
+def apart(a, b, without="nothing"):
+    """The largest difference of two dicts of tensors."""
+    assert a.keys() == b.keys()
+    return max(far(a[k].double(), b[k].double()) for k in a if without not in k)
+
+
+def seven_images():
+    pixels = (noise(11, 16, 16) * 255).byte()
+    images = common.Images(torch.arange(11), pixels, torch.full((11, 2), 16))
+    return images, torch.tensor([3, 1, 4, 10, 5, 9, 2])
+
+
+def features(run):
+    return common.embed(lambda x: (x[0].mean((2, 3)), x[0][:, :, 0]), seven_images(),
+                        [common.Crop(16, 1.0)], run)
+
+
+def shared_functions(rank):
+    """embed, mean, gather, and update where the loss of the second process is not finite."""
+    with opened("--workers", 0, "--out", "shared") as run:
+        x = (torch.arange(6.0).view(3, 2) + 10 * rank).requires_grad_()
+        (run.gather(x) * torch.arange(12).view(6, 2) * (1 + rank)).sum().backward()
+        net, optimizer = small_net("sgd")
+        before = held({"net": net})
+        ok = step_of(run, net, optimizer, OFF, rank, "loss" if rank else None)
+        return {"features": features(run), "mean": run.mean(torch.tensor([1.0, 4.0]) * (1 + rank)),
+                "gathered": run.gather(x).detach(), "grad": x.grad, "ok": ok,
+                "untouched": same(before, held({"net": net}))}
+
+
+def two_processes(rank, port, folder):
+    """What each of the two does; what it finds goes to folder/<rank>.pt."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=str(port),
+                      MASTER_ADDR="127.0.0.1")
+    os.chdir(folder)
+    sys.modules["matplotlib.figure"] = None  # it takes longer than a tiny run
+    found = {"shared": shared_functions(rank)}
+    for name in METHODS:
+        kinds = [Exact, *MISTAKES.get(name, [])]
+        found[name] = [exact(name, "x", kind=kind) for kind in kinds]
+        if name in ALSO:
+            found[f"{name} also"] = exact(name, "x", *ALSO[name])
+    argv = ["--epochs", "2", "--eval-every", "1", "--out"]
+    found["results"], _ = tools.quiet(simclr, tiny("simclr", *argv, "whole"))
+    stopped_after(2 if rank else 0, "simclr", *argv, "parts")
+    tools.train(simclr, tiny("simclr", *argv, "parts", "--resume"))
+    torch.save(found, f"{rank}.pt")
+
+
+@every
+def test_two_processes_are_one(name, both, tmp_path):
+    """Three steps of the file: weights, moments, EMA, queue and centre are those of one process
+    with the whole batch."""
+    alone = exact(name, tmp_path / "run")
+    for found in both[0]:
+        assert apart(found[name][0], alone) < 1e-10
+        for kind, mistake in zip(MISTAKES.get(name, []), found[name][1:]):
+            assert apart(mistake, alone) > 1e-4, kind  # DINOv2 balances its own images alone
+        if name in ALSO:  # MoCo's statistics for evaluation are of one process only
+            also = exact(name, tmp_path / "also", *ALSO[name])
+            assert apart(found[f"{name} also"], also, without="running") < 1e-10
+            assert apart(found[f"{name} also"], alone, without="running") > 1e-4
+
+
+def test_two_processes_agree_stop_and_go_on(both, tmp_path, no_curves):
+    (first, second), folder = both
+    argv = ["--eval", folder / "whole" / "last.pt", "--out", tmp_path / "run"]
+    again, _ = tools.quiet(simclr, tiny("simclr", *argv))
+    for k, v in first["results"].items():
+        if k.endswith("top1") or k in ("verdict", "spread", "rank_h", "rank_z"):
+            assert v == second["results"][k], k
+        if k.endswith("top1"):  # batch norm's statistics are those of the first
+            assert v == pytest.approx(again[k], abs=1e-3), k
+    whole, parts = folder / "whole", folder / "parts"
+    assert (whole / "results.json").exists() and not (folder / "whole-2").exists()
+    assert same(load(whole)["state"], load(parts)["state"]) and rows_of(whole) == rows_of(parts)
+
+
+def test_two_processes_share_out_and_fail_together(both, one):
+    rows, weights = torch.arange(6.0).view(3, 2), torch.arange(12).view(2, 3, 2)
+    for rank, found in enumerate(found["shared"] for found in both[0]):
+        assert all(close(a, b, 1e-6) for a, b in zip(found["features"], features(one)))
+        assert close(found["mean"], [1.5, 6.0], 1e-6)
+        assert torch.equal(found["gathered"], torch.cat([rows, rows + 10]))
+        assert torch.equal(found["grad"], 3.0 * weights[rank])  # of both losses: 1 + 2
+        assert not found["ok"] and found["untouched"]

@@ -1,4 +1,4 @@
-"""DINO against its slides (Algorithm 1), the paper, the released code, timm and its promises."""
+"""DINO against its slides (Algorithm 1), the paper, the released code and timm."""
 
 import copy
 import math
@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tools import TINY, close, draw, quiet, refused, same
+import torchvision
+from tools import TINY, Watched, close, completed, draw, fails, refused, same, train
 
 import common
 import dino
@@ -62,8 +63,8 @@ def variant(student, teacher, C, tau_s, tau_t, mistake=None):
             if j >= len(teacher) > 1 and mistake == "no local views":
                 continue
             s = s - C if mistake == "centre in the student too" else s
-            said = F.softmax if mistake == "softmax of the student" else F.log_softmax
-            losses = -(t * said(s / tau_s, dim)).sum(1)
+            f = F.softmax if mistake == "softmax of the student" else F.log_softmax
+            losses = -(t * f(s / tau_s, dim)).sum(1)
             terms.append(losses.sum() if mistake == "sum over the batch" else losses.mean())
     return sum(terms) / (1 if mistake == "sum over the pairs" else len(terms))
 
@@ -77,7 +78,7 @@ OF_PAIRS = "the same view too", "no local views", "sum over the pairs"
 
 def agrees(loss, views):
     """Whether loss(student, teacher, C, tau_s, tau_t) is equation 3 and goes to the student alone;
-    views: how many the student and the teacher see."""
+    views: how many the student and the teacher get."""
     for seed, (N, K, tau_s, tau_t) in enumerate(
             ((3, 5, 0.1, 0.04), (4, 2, 0.5, 0.3), (1, 7, 1.0, 0.2))):
         s, t = ([0.3 * draw(N, K, seed=10 * seed + i + first) for i in range(n)]
@@ -86,10 +87,10 @@ def agrees(loss, views):
         C = 0.3 * draw(1, K, seed=seed + 99)
         value = loss(s, t, C, tau_s, tau_t)
         grads = torch.autograd.grad(value, [*s, *t], allow_unused=True)
-        seen = [j for j in range(len(s)) if len(t) > 1 or j]  # t_0 alone is not asked of s_0
+        used = [j for j in range(len(s)) if len(t) > 1 or j]  # t_0 alone is not asked of s_0
         if not close(value.detach(), equation_3(s, t, C, tau_s, tau_t)) or any(
                 g is not None for g in grads[len(s):]) or any(
-                grads[j] is None or not grads[j].abs().max() > 1e-5 for j in seen):
+                grads[j] is None or not grads[j].abs().max() > 1e-5 for j in used):
             return False
     return True
 
@@ -154,8 +155,27 @@ def test_entropy():
 
 
 # ==================================================================================================
-# Centre and schedules
+# EMA, centre, schedules, clipping
 # ==================================================================================================
+
+
+def test_ema_update():
+    net, net_ema = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double() for _ in range(2))
+    nn.init.constant_(net[1].weight, 3)
+    nn.init.constant_(net[1].bias, 2)
+    for m in (0.9, torch.tensor(0.25)):
+        old = [p.tolist() for p in net_ema.parameters()]
+        dino.ema_update(net_ema, net, m)
+        for p, a, b in zip(net_ema.parameters(), old, net.parameters()):
+            a, b, m = np.array(a), b.detach().numpy(), float(m)
+            assert close(p.detach(), m * a + (1 - m) * b)
+            assert not close(p.detach(), (1 - m) * a + m * b, 1e-3)
+    before = copy.deepcopy([*net_ema.parameters()])
+    net[1].running_mean += 1
+    dino.ema_update(net_ema, net, torch.tensor(1.0))  # as after a failed step: nothing moves
+    assert same(before, [*net_ema.parameters()]) and net_ema[1].running_mean.eq(0).all()
+    dino.ema_update(net_ema, net, 0.0)
+    assert same([*net.parameters()], [*net_ema.parameters()])
 
 
 def test_center():
@@ -200,15 +220,49 @@ def test_tau_at():
     assert taus(0.07, 0.0)[1:] == pytest.approx([0.07] * 9)
 
 
+def test_lr_at():
+    steps, warmup, peak = 100, 10, 2.0
+    for t in range(steps + 1):
+        cosine = peak * (1 + math.cos(math.pi * (t - 10) / 90)) / 2
+        expected = (t + 1) / 10 * peak if t < 10 else cosine
+        assert close(dino.lr_at(t, steps, warmup, peak), expected, 1e-12), t
+    assert dino.lr_at(0, 10, 0, peak) == dino.lr_at(9, 10, 10, peak) == peak
+
+
+def test_momentum():
+    """The half-life is at most a twentieth of the run's steps, 0.996 (the paper's) at most."""
+    args = Namespace(batch_size=10, epochs=10)
+    for n, expected in ((10, 0.9), (200, 0.5**0.1), (10**6, 0.996)):
+        assert close(dino.momentum(args, n), expected, 1e-12)
+
+
+def clip_gradients(model, clip):
+    """Typed in from the released utils.py."""
+    for _, p in model.named_parameters():
+        if p.grad is not None:
+            param_norm = p.grad.data.norm(2)
+            clip_coef = clip / (param_norm + 1e-6)
+            if clip_coef < 1:
+                p.grad.data.mul_(clip_coef)
+
+
+def test_clip_each():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)).double()
+    nets = [net, copy.deepcopy(net), copy.deepcopy(net)]
+    for i, clip in enumerate((lambda net: dino.clip_each(net, 1.0), lambda net: clip_gradients(
+            net, 1.0), lambda net: nn.utils.clip_grad_norm_(net.parameters(), 1.0))):
+        for k, p in enumerate([*nets[i].parameters()][:-1]):  # of the last there is no gradient
+            p.grad = 5**k * draw(*p.shape, seed=k) / 30
+        clip(nets[i])
+    ours, released, together = ([p.grad for p in net.parameters()][:-1] for net in nets)
+    assert all(map(close, ours, released)) and not all(map(close, ours, together))
+    lengths = [g.norm().item() for g in ours]
+    assert min(lengths) < 0.5 and max(lengths) == pytest.approx(1, abs=1e-5)
+
+
 # ==================================================================================================
 # Augmentation
 # ==================================================================================================
-
-
-def completed(*argv, side=None, n=4000):
-    args = dino.options([*argv])
-    dino.complete(args, side, n)
-    return args
 
 
 def recorded(patch, done):
@@ -221,13 +275,12 @@ def recorded(patch, done):
 def test_augmentation_is_the_papers(monkeypatch):
     """Section 3.2 and the released DataAugmentationDINO: BYOL's, another one for each global view,
     the locals all in one batch."""
-    args, done = completed(side=500, n=10**6), []
+    args, done = completed(dino, side=500, n=10**6), []
     assert dino.crops(args) == [common.Crop(224, (0.4, 1.0), (3 / 4, 4 / 3), 2),
                                 common.Crop(96, (0.05, 0.4), (3 / 4, 4 / 3), 8)]
     recorded(monkeypatch, done)
     views = [torch.full((2, 3, s, s), i) for i, s in enumerate([224] * 2 + [96] * 8)]
-    seen = dino.augment(views, args)
-    assert same(seen, views)  # count, sizes and order
+    assert same(dino.augment(views, args), views)  # count, sizes and order
     expected = []
     for shape, blur, taps, solarize in (((2, 3, 224, 224), 1.0, 23, 0.0),
                                         ((2, 3, 224, 224), 0.1, 23, 0.2),
@@ -236,51 +289,16 @@ def test_augmentation_is_the_papers(monkeypatch):
                      ("grey", shape, 0.2), ("blur", shape, blur, (0.1, 2.0), taps),
                      ("solarize", shape, solarize)]
     assert done == expected
-
-
-def test_no_local_crops(monkeypatch):
-    args, done = completed("--local-crops", "0"), []
+    args, done[:] = completed(dino, ["--local-crops", "0"]), []
     assert [c.count for c in dino.crops(args)] == [2]
-    recorded(monkeypatch, done)
     assert len(dino.augment([torch.zeros(2, 3, 32, 32)] * 2, args)) == 2
     assert [name for name, *_ in done] == ["flip", "color_jitter", "grey", "solarize"] * 2
 
 
-def test_augmentation_differs_between_the_views(monkeypatch):
-    """Counted on 2000 images; a normal deviate is beyond 3.5 once in 2000 times."""
-    n, args = 2000, SimpleNamespace(blur=[1.0, 0.1, 0.5], solarize=0.2)
-
-    def share(x, seen):
-        return ((seen - x).abs().flatten(1).amax(1) > 1e-3).float().mean().item()
-
-    def near(got, p, n=n):
-        return abs(got - p) < 3.5 * math.sqrt(p * (1 - p) / n) + 1e-9
-
-    common.reseed(0)
-    for name in ("flip", "color_jitter", "grey"):
-        monkeypatch.setattr(common, name, lambda x, *_, **__: x)
-    bright = torch.full((n, 3, 4, 4), 0.75)  # blur leaves a constant as it is
-    shares = [share(bright, y) for y in dino.augment([bright] * 4, args)]
-    assert shares[0] == shares[2] == shares[3] == 0 and near(shares[1], 0.2)
-    dark = torch.zeros(n, 3, 40, 40)  # nothing to solarize
-    dark[:, :, ::2] = 0.4
-    visible = 1 - 0.17 / 1.9  # of the sigmas in [0.1, 2], those over 0.27 change it by 1e-3
-    seen = dino.augment([dark] * 3, args)
-    for y, p in zip(seen, (1.0, 0.1, 0.5)):
-        assert near(share(dark, y), p * visible)
-    first, second = dino.augment([dark[:200]] * 4, args)[2:]
-    assert share(first, second) > 0.5  # local views of an image have draws of their own
-
-
-def test_crops_of_a_batch():
-    """Two large and L small views, and each of them from another place."""
-    data = common.Data("shapes", limit=60)
-    data.read(32, "cpu", 1.0, 0)
-    views, _ = next(common.batches(data.train, torch.arange(60), 60, dino.crops(completed()),
-                                   torch.device("cpu"), seed=(0,)))
-    assert [tuple(v.shape[1:]) for v in views] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 4
-    for a, b in ((0, 1), (2, 3), (4, 5)):
-        assert (views[a] - views[b]).abs().mean() > 0.01
+def test_local_views_are_of_whole_patches():
+    for side, patch, size in ((224, 16, 96), (224, 14, 98), (96, 16, 48), (32, 16, 16)):
+        flags = ["--image-size", side, "--patch-size", patch]
+        assert completed(dino, flags, side=300).local_size == size
 
 
 # ==================================================================================================
@@ -391,38 +409,19 @@ def test_other_resolutions(twins):
             assert not close(another, expected, 1e-3), how
         assert not close(resample(native, [h, w], num_prefix_tokens=1), expected, 1e-3)
         x = draw(1, 3, 16 * h, 16 * w)
-        seen = net(x)
-        assert seen.shape == (1, 1 + h * w, 192)
+        got = net(x)
+        assert got.shape == (1, 1 + h * w, 192)
         tokens = torch.cat([net.cls_token, net.patch_embed(x).flatten(2).mT], 1) + expected
-        assert close(other.norm(other.blocks(tokens)), seen, 1e-5)  # the rest is as timm
-
-
-@torch.no_grad()
-def test_attention():
-    net, inputs = strange(dino.ViT(*dino.VITS["vit_nano"], 8, 32)), []
-    x = draw(2, 3, 32, 24)
-    attn = net.blocks[-1].attn
-    attn.register_forward_pre_hook(lambda m, given: inputs.append(given[0]))
-    net(x)
-    seen, w = inputs.pop(), net.attention(x)
-    assert w.shape == (2, 4, 13, 13) and close(w.sum(-1), torch.ones(2, 4, 13)) and w.min() > 0
-    v = F.linear(seen, attn.qkv.weight[2 * 128 :], attn.qkv.bias[2 * 128 :])  # (N, T, D)
-    heads = [w[:, i] @ v[..., 32 * i : 32 * (i + 1)] for i in range(4)]
-    fused = attn(seen)
-    assert close(attn.proj(torch.cat(heads, -1)), fused)
-    assert not close(attn.proj(torch.cat(heads[::-1], -1)), fused, 1e-2)
-    assert not close(attn.proj(torch.cat([h.flip(1) for h in heads], -1)), fused, 1e-2)
-    assert (w[:, 0] - w[:, 1]).abs().max() > 0.01  # heads differ
+        assert close(other.norm(other.blocks(tokens)), got, 1e-5)  # the rest is as timm
 
 
 def test_start_with_sines():
     """Row y and column x of a patch, in waves of 2 sides / side^(j / (J - 1)) patches; the rest of
     the ViT as it was but for the linear layers of the blocks."""
-    args = completed("--image-size", "40")
-    args.start = "paper"
-    paper = dino.build(args).backbone
-    args.start = "sines"
-    vit, side, J = dino.build(args).backbone, 5, 32
+    torch.manual_seed(0)
+    paper, side, J = dino.ViT(*dino.VITS["vit_nano"], 8, 40), 5, 32
+    vit = copy.deepcopy(paper)
+    dino.start_with_sines(vit)
     for patch in (0, 1, 7, 24):
         y, x = divmod(patch, side)
         expected = [f(at * math.pi / side * side ** (j / (J - 1))) for at in (y, x)
@@ -458,11 +457,13 @@ def test_drop_path():
         assert abs(y.mean() - 1) <= 3.5 * math.sqrt(p / (1 - p) / n)
     x = draw(8, 3, 16, 16, dtype=torch.float32)
     assert not close(net(x), net(x), 1e-4) and torch.equal(net.eval()(x), net(x))
-    args = completed("--drop-path", "0.3", "--seed", "3")
+    args = completed(dino, ["--drop-path", "0.3", "--seed", "3"])
     assert dino.build(args, args.drop_path).backbone.blocks[-1].drop_path == 0.3
     assert dino.build(args).backbone.blocks[-1].drop_path == 0  # the teacher's
     assert same(dino.build(args, 0.3).state_dict(), dino.build(args).state_dict())
-    assert not same(dino.build(args).state_dict(), dino.build(completed()).state_dict())
+    assert not same(dino.build(args).state_dict(), dino.build(completed(dino)).state_dict())
+    wide = dino.build(completed(dino, ["--arch", "vit_small", "--image-size", "16"])).backbone
+    assert wide.pos_embed.std() < 0.03 < dino.build(args).backbone.pos_embed.std()  # of sines
 
 
 # ==================================================================================================
@@ -470,9 +471,9 @@ def test_drop_path():
 # ==================================================================================================
 
 
-@pytest.mark.parametrize("arch", ["vit_nano", "resnet10"])
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
 def test_multi_crop_is_one_call_per_view(arch):
-    args = completed("--arch", arch, "--hidden", "20", "--out-dim", "9", "--no-head-bn")
+    args = completed(dino, ["--arch", arch, *"--hidden 20 --out-dim 9 --no-head-bn".split()])
     net = dino.build(args).double().eval()
     views = [draw(3, 3, s, s, seed=i).sigmoid() for i, s in enumerate((32, 32, 16, 16, 16))]
     calls = []
@@ -481,7 +482,7 @@ def test_multi_crop_is_one_call_per_view(arch):
         at_once = net(*views)
         assert calls == [6, 9]  # a call per resolution
         one_by_one = [net(x) for x in views]
-    dim = {"vit_nano": 128, "resnet10": 512}[arch]
+    dim = {"vit_nano": 128, "resnet18": 512}[arch]
     assert [tuple(t.shape) for t in at_once] == [(15, dim), (15, 256), (15, 9)]
     for got, *parts in zip(at_once, *one_by_one):
         assert close(got, torch.cat(parts)) and not close(got, torch.cat(parts[::-1]), 1e-4)
@@ -555,10 +556,10 @@ def algorithm_1(net, views, flags, mistake=None):
 
     With local views x3, ... the loss is the mean over all pairs of different views (equation 3);
     update is SGD with momentum, decay, clipping and a last layer that rests as in the released
-    code. -> gs, gt, C, entropy of the teacher and KL in the last step.
+    code. -> gs, gt, C, mean loss, entropy of the teacher and KL.
     """
     steps, gs, gt = len(views), net, copy.deepcopy(net)
-    C, m, tps = torch.zeros(1, flags.out_dim), flags.center_m, flags.tau_s
+    C, m, tps, terms = torch.zeros(1, flags.out_dim), flags.center_m, flags.tau_s, []
     v = {k: torch.zeros_like(p) for k, p in gs.named_parameters()}
 
     def schedule(k, first, last):
@@ -581,11 +582,11 @@ def algorithm_1(net, views, flags, mistake=None):
         t1, t2 = gt(x1)[2], gt(x2)[2]
         if mistake == "the student as teacher":
             t1, t2 = s1, s2
-        said = {"centre of the student": [s1, s2], "centre of one view": [t1]}.get(
+        outputs = {"centre of the student": [s1, s2], "centre of one view": [t1]}.get(
             mistake, [t1, t2])
         if mistake == "centre of probabilities":
-            said = [torch.softmax((t - C) / tpt, dim=1) for t in said]
-        centred = m * C + (1 - m) * torch.cat(said).mean(dim=0, keepdim=True).detach()
+            outputs = [torch.softmax((t - C) / tpt, dim=1) for t in outputs]
+        centred = m * C + (1 - m) * torch.cat(outputs).mean(dim=0, keepdim=True).detach()
         centred = 0 * C if flags.no_centering else centred
         if mistake == "centre before the loss":
             C = centred
@@ -599,7 +600,7 @@ def algorithm_1(net, views, flags, mistake=None):
             loss = (2 * loss + sum(pairs)) / (2 + len(pairs))
         P = torch.softmax((torch.cat([t1, t2]) - C) / tpt, dim=1)
         entropy = -(P * P.log()).sum(1).mean()
-        terms = torch.stack([entropy, loss - entropy]).detach()
+        terms.append(torch.stack([loss, entropy, loss - entropy]).detach())
         named = {k: p for k, p in gs.named_parameters() if p.requires_grad}
         grads = dict(zip(named, torch.autograd.grad(loss, list(named.values()))))
         if mistake == "EMA before the step":
@@ -620,50 +621,39 @@ def algorithm_1(net, views, flags, mistake=None):
         if mistake != "EMA before the step":
             average(l)
         C = C if mistake == "centre before the loss" else centred
-    return gs, gt, C, terms
+    return gs, gt, C, torch.stack(terms).mean(0)
 
 
 @pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    """flags -> what dino.main makes of them in three steps: the untrained network, the views of
-    every step, `state` of last.pt."""
+def shipped(tmp_path):
+    """flags -> the run that dino.train makes of them in three steps."""
+    class Small(Watched):
+        def place(self, net):
+            return small(self.args)
 
     def run(flags=""):
         argv = [*SHORT, *"--optimizer sgd --lr 1 --warmup 0 --weight-decay 0.04 --m 0.5 --tau-t "
                 "0.07 --tau-t-warmup 1 --weight-decay-end 0.4 --hidden 10 --out-dim 12 --clip 1e9 "
                 "--freeze-last-layer 0 --local-crops 0 --local-size 8".split(), *flags.split(),
                 "--out", tmp_path / f"run{flags}"]
-        seen, augment = [], dino.augment
-
-        def looking(views, args):
-            seen.append(augment(views, args))
-            return [x.clone() for x in seen[-1]]
-
-        with monkeypatch.context() as patch:
-            patch.setattr(dino, "build", small)
-            patch.setattr(dino, "augment", looking)
-            patch.setattr(dino, "report", lambda *_: {"verdict": "not looked at"})
-            patch.setattr(common, "curves", lambda *_: None)
-            results, _ = quiet(dino, argv)
-        args = dino.options([str(a) for a in argv])
-        state = torch.load(f"{results['out']}/last.pt", weights_only=True)["state"]
-        views = [v for v in seen if len(v[0]) == 16]  # those of views.png are eight
-        assert len(views) == 3 and not close(*views[0][:2], 0.1)
-        net = small(args)
-        net.head.last_layer.weight_g.requires_grad_(not args.norm_last_layer)
-        return SimpleNamespace(net=net, views=views, state=state, args=args)
+        _, _, run = train(dino, argv, Small)
+        assert len(run.views) == 3 and not close(*run.views[0][:2], 0.1)
+        run.net = small(run.args)
+        run.net.head.last_layer.weight_g.requires_grad_(not run.args.norm_last_layer)
+        return run
 
     return run
 
 
 def agree(run, flags, mistake=None):
-    """Whether both networks, the centre and what is said of the teacher are the algorithm's."""
+    """Whether both networks, the centre and the figures of the epoch are the algorithm's."""
     gs, gt, C, terms = algorithm_1(copy.deepcopy(run.net), run.views, flags, mistake)
     theirs = [*gs.state_dict().values(), *gt.state_dict().values(), C]
-    ours = [*run.state["net"].values(), *run.state["net_ema"].values(), run.state["center"]]
+    ours = [t for k in ("net", "net_ema") for t in run.state[k].state_dict().values()]
+    ours += [run.state["center"]]
     assert len(theirs) == len(ours) == 21 and all(t.isfinite().all() for t in theirs)
-    return all(close(a, b, 1e-6) for a, b in zip(theirs, ours)) and close(
-        terms, run.state["teaching"], 1e-5)
+    figures = [run.rows[0][k] for k in ("loss", "entropy", "kl")]
+    return all(close(a, b, 1e-6) for a, b in zip(theirs, ours)) and close(terms, figures, 1e-5)
 
 
 def test_algorithm_1(shipped):
@@ -674,7 +664,7 @@ def test_algorithm_1(shipped):
                     "centre of probabilities", "one direction only", "momentum of the next step"):
         assert not agree(run, run.args, mistake), mistake
     moved = [close(a, b, 1e-3) for a, b in zip(run.net.state_dict().values(),
-                                               run.state["net"].values())]
+                                               run.state["net"].state_dict().values())]
     assert not any(moved) and run.state["center"].abs().max() > 1e-3
 
 
@@ -684,153 +674,15 @@ def test_algorithm_1(shipped):
     ("--clip 0.2", "clipped together"), ("--freeze-last-layer 1", "decay of the frozen layer"),
     ("--norm-last-layer", None)])
 def test_flags_change_the_algorithm(shipped, flags, mistake):
-    run = shipped(flags)
+    run, plain = shipped(flags), shipped()
     assert agree(run, run.args) and not (mistake and agree(run, run.args, mistake))
-    if "crops" not in flags:  # there the views do it
-        plain = dino.options("--lr 1 --m 0.5 --tau-t 0.07 --out-dim 12 --clip 1e9 --weight-decay "
-                             "0.04 --weight-decay-end 0.4 --freeze-last-layer 0".split())
-        run.net.requires_grad_(True)
-        assert not agree(run, plain)
     assert len(run.views[0]) == 2 + run.args.local_crops
     assert run.state["center"].eq(0).all() == ("centering" in flags)
-    last = run.state["net"]["head.last_layer.weight_g"]
-    assert last.eq(1).all() == ("last-layer" in flags)
-
-
-# ==================================================================================================
-# The update
-# ==================================================================================================
-
-
-def clip_gradients(model, clip):
-    """Typed in from the released utils.py."""
-    for _, p in model.named_parameters():
-        if p.grad is not None:
-            param_norm = p.grad.data.norm(2)
-            clip_coef = clip / (param_norm + 1e-6)
-            if clip_coef < 1:
-                p.grad.data.mul_(clip_coef)
-
-
-def fixed(seed):
-    return draw(6, 3, seed=seed, dtype=torch.float32)
-
-
-def small_net(kind, **how):
-    """A net with batch norm and its optimiser, made as in `train`, or without fused kernels."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(4, 2))
-    if kind == "adamw":
-        return net, torch.optim.AdamW(net.parameters(), 0.02, weight_decay=0.5, **how)
-    optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9, weight_decay=0.5, **how)
-    for p in net.parameters():
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return net, optimizer
-
-
-def step_of(net, optimizer, scaler, seed, poison=None, frozen=(), restore=True):
-    """One step on fixed data, poisoned or not -> loss and finite, as clipped_update says."""
-    x, buffers = fixed(seed), []
-    if restore:
-        buffers = [(b, b.clone()) for b in net.buffers() if b.is_floating_point()]
-    if poison == "input":
-        x[2, 1] = math.nan
-    loss = 5**seed * net(x).square().mean()  # gradients of some tensors are long, of others short
-    loss = loss * (math.inf if poison == "loss" else 1)
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    if poison == "gradient":
-        net[3].weight.grad[1, 0] = math.inf
-    return dino.clipped_update(loss, net, optimizer, scaler, buffers, 1.0, frozen)
-
-
-OFF = torch.amp.GradScaler("cpu", enabled=False)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_clipped_update_is_the_released_one(kind):
-    def released(clip, freeze):
-        """clip_gradients, cancel_gradients_last_layer for `freeze` steps, step."""
-        net, optimizer = small_net(kind, foreach=False)
-        lengths = []
-        for seed in range(4):
-            optimizer.zero_grad()
-            (5**seed * net(fixed(seed)).square().mean()).backward()
-            lengths += [p.grad.norm().item() for p in net.parameters()]
-            clip(net)
-            if seed < freeze:
-                for p in net[3].parameters():
-                    p.grad = None
-            optimizer.step()
-        return net.state_dict(), lengths
-
-    for freeze in (0, 2):
-        net, optimizer = small_net(kind, fused=True)
-        start = copy.deepcopy(net.state_dict())
-        for seed in range(4):
-            frozen = [*net[3].parameters()] if seed < freeze else []
-            said, finite = step_of(net, optimizer, OFF, seed, frozen=frozen)
-            assert finite and said.shape == (1,)
-            if frozen:  # nothing decays, and no moment is there for later
-                assert same(net[3].state_dict(), {k[2:]: v for k, v in start.items() if "3" in k})
-                assert all(t.eq(0).all() for p in frozen for t in optimizer.state[p].values())
-        expected, lengths = released(lambda net: clip_gradients(net, 1.0), freeze)
-        assert min(lengths) < 0.5 and max(lengths) > 5  # the clip is at 1
-        assert all(close(a, b, 1e-6) for a, b in zip(net.state_dict().values(), expected.values()))
-        for wrong in (lambda net: nn.utils.clip_grad_norm_(net.parameters(), 1.0),
-                      lambda net: None):
-            other, _ = released(wrong, freeze)
-            assert not all(close(a, b, 1e-4) for a, b in zip(other.values(), expected.values()))
-        other, _ = released(lambda net: clip_gradients(net, 1.0), 2 - freeze)
-        assert not close(other["3.weight"], expected["3.weight"], 1e-3)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-@pytest.mark.parametrize("poison", ["input", "loss", "gradient"])
-def test_clipped_update_skips_what_is_not_finite(kind, poison):
-    def held(net, optimizer):
-        """Weights, statistics and moments; a moment that is not yet there is 0."""
-        found = {k: v.clone() for k, v in net.state_dict().items() if v.is_floating_point()}
-        for i, p in enumerate(net.parameters()):
-            for k in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                found[i, k] = optimizer.state[p].get(k, torch.zeros_like(p)).clone()
-            found[i, "step"] = optimizer.state[p].get("step", torch.tensor(0.0)).clone()
-        return found
-
-    net, optimizer = small_net(kind, fused=True)
-    for seed in range(3):  # in the very first step, and later
-        before = held(net, optimizer)
-        assert not step_of(net, optimizer, OFF, seed, poison)[1]
-        assert same(held(net, optimizer), before)
-        assert step_of(net, optimizer, OFF, seed)[1]
-        assert not same(held(net, optimizer), before)
-    other, optimizer_of_other = small_net(kind, fused=True)
-    for seed in range(3):
-        step_of(other, optimizer_of_other, OFF, seed)
-    assert same(held(net, optimizer), held(other, optimizer_of_other))
-    if poison == "input":  # the test can fail: without `buffers` batch norm is spoilt
-        net[1].train()
-        step_of(net, optimizer, OFF, 0, poison, restore=False)
-        assert net[1].running_mean.isnan().any()
-
-
-def test_clipped_update_under_a_scale():
-    """The gradient is clipped after the scale is taken out; where it overflows the scale halves."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    net, optimizer = small_net("adamw", fused=True)
-    plain, optimizer_of_plain = small_net("adamw", fused=True)
-    for seed in range(3):
-        step_of(net, optimizer, scaler, seed)
-        step_of(plain, optimizer_of_plain, OFF, seed)
-    assert all(close(a, b, 1e-6) for a, b in zip(net.parameters(), plain.parameters()))
-    before = copy.deepcopy([*net.parameters()])
-    assert not step_of(net, optimizer, scaler, 3, "gradient")[1] and scaler.get_scale() == 512
-    assert same(before, [*net.parameters()])
-    parts = torch.tensor([1.0, 4.0, 3.0])  # loss, entropy, KL are handed through
-    optimizer.zero_grad()
-    net(fixed(0)).mean().backward()
-    said, finite = dino.clipped_update(parts, net, optimizer, OFF, [], 1.0, [])
-    assert finite and torch.equal(said, parts)
+    gains = run.state["net"].head.last_layer.weight_g
+    assert gains.eq(1).all() == ("last-layer" in flags)
+    run.net.requires_grad_(True)
+    if "crops" not in flags:  # there the views do it
+        assert same(run.views, plain.views) and not agree(run, plain.args)
 
 
 # ==================================================================================================
@@ -838,17 +690,14 @@ def test_clipped_update_under_a_scale():
 # ==================================================================================================
 
 NANO = "--arch vit_nano --patch-size 8 --out-dim 12 --hidden 10 --no-head-bn --image-size 32"
+NANO = NANO.split()
 
 
-def options(*changes):
-    return completed(*NANO.split(), *changes)
-
-
-@pytest.fixture
-def official(tmp_path):
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
     """Files in the layouts of the released ones and of our own last.pt: name -> path, and the
     weights of student and teacher."""
-    args, nets = options(), SimpleNamespace()
+    args, nets, folder = completed(dino, NANO), SimpleNamespace(), tmp_path_factory.mktemp("files")
     for args.seed, name in ((5, "student"), (6, "teacher")):
         setattr(nets, name, dino.build(args).state_dict())
     full = {
@@ -859,40 +708,37 @@ def official(tmp_path):
         "dino_loss": {"center": torch.zeros(1, 12)}, "fp16_scaler": {"scale": 65536.0}}
     backbone = {k.removeprefix("backbone."): v for k, v in nets.teacher.items() if "head" not in k}
     last = {"method": "dino", "state": {"net": nets.student, "net_ema": nets.teacher}}
-    for name, content in (("full", full), ("backbone", backbone), ("last", last)):
-        torch.save(content, tmp_path / f"{name}.pth")
-        setattr(nets, name, str(tmp_path / f"{name}.pth"))
+    half = {"student": nets.student}
+    for name, content in (("full", full), ("backbone", backbone), ("last", last), ("half", half)):
+        torch.save(content, folder / f"{name}.pth")
+        setattr(nets, name, folder / f"{name}.pth")
     return nets
 
 
-def loaded(path, args):
-    """What load_weights makes of a network of another seed."""
-    dino.load_weights(net := dino.build(args), path, args)
-    return net.state_dict()
+def loaded(path, tmp_path, *changes):
+    """What dino.train makes of a network of another seed."""
+    argv = [*SHORT, *NANO, *map(str, changes), "--eval", path, "--out", tmp_path / "run"]
+    return dict(train(dino, argv)[0].state_dict())
 
 
-def test_released_checkpoints(official, capsys):
+@pytest.mark.parametrize("file", ["full", "last"])
+def test_released_checkpoints_and_our_own(file, official, tmp_path):
+    # not yet so: read_checkpoint reads no released file, and last.pt gives the student
     for argv, expected in (([], official.teacher), (["--branch", "student"], official.student)):
-        for path in (official.full, official.last):
-            assert same(dict(loaded(path, options(*argv))), dict(expected))
-            assert "50 tensors loaded, missing 0, unexpected 0" in capsys.readouterr().out
+        assert same(loaded(getattr(official, file), tmp_path, *argv), dict(expected))
     assert not same(dict(official.teacher), dict(official.student))
 
-    def backbone_alone(path, args, note=True):
-        got, untrained = loaded(path, args), dino.build(args).state_dict()
-        assert ("the head stays random" in capsys.readouterr().out) == note
-        return all(torch.equal(v, (untrained if k.startswith("head.") else official.teacher)[k])
-                   for k, v in got.items())
 
-    assert backbone_alone(official.backbone, options())
-    assert backbone_alone(official.full, options("--out-dim", "13"))  # a head of another K
-    assert not backbone_alone(official.full, options(), note=False)
+def test_a_backbone_alone_leaves_the_head_as_it_was(official, tmp_path):
+    for path, changes in ((official.backbone, []), (official.full, ["--out-dim", 13])):
+        untrained = dino.build(completed(dino, [*NANO, *changes])).state_dict()
+        for k, v in loaded(path, tmp_path, *changes).items():
+            assert torch.equal(v, (untrained if k.startswith("head.") else official.teacher)[k]), k
 
 
-def test_released_checkpoints_at_another_resolution(official):
+def test_released_checkpoints_at_another_resolution(official, tmp_path):
     for size, side in ((16, 2), (64, 8)):
-        got = loaded(official.full, options("--image-size", str(size)))
-        for k, v in got.items():
+        for k, v in loaded(official.full, tmp_path, "--image-size", size).items():
             expected = official.teacher[k]
             if k == "backbone.pos_embed":
                 expected = interpolate_pos_encoding(expected, side * side, size, size, 8)
@@ -901,121 +747,100 @@ def test_released_checkpoints_at_another_resolution(official):
 
 def test_released_resnets(tmp_path):
     """Both branches come out of DistributedDataParallel: there the teacher has batch norm too."""
-    args = options("--arch", "resnet10", "--head-bn")
-    args.seed = 7
-    net = dino.build(args).state_dict()
+    changes = ["--arch", "resnet18", "--head-bn"]
+    net = dino.build(completed(dino, [*NANO, *changes, "--seed", "7"])).state_dict()
     wrapped = {f"module.{k}": v for k, v in net.items()}
     torch.save({"student": wrapped, "teacher": wrapped}, tmp_path / "full.pth")
-    args.seed = 0
-    assert same(dict(loaded(tmp_path / "full.pth", args)), dict(net))
+    assert same(loaded(tmp_path / "full.pth", tmp_path, *changes), dict(net))
 
 
 def test_wrong_checkpoints(official, tmp_path, capsys):
-    for path in (official.backbone, official.full):
-        for changes in (["--arch", "vit_tiny"], ["--arch", "resnet10"], ["--patch-size", "4"]):
-            with pytest.raises(SystemExit) as stopped:
-                loaded(path, options(*changes))
-            error = capsys.readouterr().err
-            assert stopped.value.code == 2 and path in error, changes
-    torch.save({"student": official.student}, tmp_path / "half.pth")
-    with pytest.raises(SystemExit) as stopped:  # there is no teacher in it
-        loaded(tmp_path / "half.pth", options())
-    assert stopped.value.code == 2
+    for path, *changes in ((official.backbone, "--arch", "vit_tiny"),
+                           (official.full, "--arch", "resnet18"),
+                           (official.full, "--patch-size", "4"), (official.half,)):  # no teacher
+        argv = [*SHORT, *NANO, *changes, "--init", path, "--out", tmp_path / "run"]
+        assert path.name in refused(dino, argv, capsys)
 
 
-def test_an_evaluated_file_comes_out_as_it_went_in(official, tmp_path, monkeypatch):
-    monkeypatch.setattr(dino, "report", lambda *_: {"verdict": "not looked at"})
-    _, said = quiet(dino, [*SHORT, *NANO.split(), "--eval", official.full, "--branch", "student",
-                           "--out", tmp_path / "run"])
-    made = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)["state_dict"]
-    assert "50 tensors loaded" in said and len(made) == 42
-    assert all(torch.equal(v, official.student[f"backbone.{k}"]) for k, v in made.items())
-
-
-@pytest.mark.parametrize("arch, stem", [("vit_nano", "7x7"), ("resnet10", "7x7"),
-                                        ("resnet10", "3x3")])
-def test_the_printed_lines_rebuild_the_backbone(arch, stem, tmp_path):
+@pytest.mark.parametrize("arch, stem", [("vit_nano", "7x7"), ("vit_small", "7x7"),
+                                        ("resnet18", "7x7"), ("resnet18", "3x3")])
+def test_the_printed_lines_rebuild_the_backbone(arch, stem):
     """Strictly, with the same features: a file alone, as it is published."""
     pytest.importorskip("timm")
-    net = dino.build(args := options("--arch", arch, "--stem", stem, "--image-size", "24"))
-    net.eval()
-    torch.save({"state_dict": net.backbone.state_dict()}, path := tmp_path / "backbone.pt")
-    exec(dino.loading(args, path), names := {})
+    flags = ["--arch", arch, "--stem", stem, "--image-size", "24"]
+    net = dino.build(args := completed(dino, [*NANO, *flags])).backbone.eval()
+    exec(dino.loading(args), names := {})
+    names["net"].load_state_dict(net.state_dict())
     x = draw(2, 3, 24, 24, dtype=torch.float32)
     with torch.no_grad():
-        h = net.backbone(x)
-        h = h[:, 0] if arch == "vit_nano" else h
+        h = net(x)
+        h = h[:, 0] if "vit" in arch else h
         assert close(names["net"].eval()(x), h, 1e-5) and h.std() > 1e-3
 
 
+def test_resnets_are_torchvisions():
+    with torch.device("meta"):
+        ours = dino.build(completed(dino, ["--arch", "resnet50"], side=300)).backbone.state_dict()
+        official = torchvision.models.resnet50().state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {
+        k: v.shape for k, v in official.items() if not k.startswith("fc.")}
+
+
 # ==================================================================================================
-# What is said
+# Warnings and verdicts
 # ==================================================================================================
 
 
-@pytest.mark.parametrize("argv, names", [
-    ("--out-dim 1", "--out-dim"), ("--tau-t 0", "--tau-t"), ("--tau-s nan", "--tau-s"),
-    ("--m 1.1", "--m:"), ("--center-m -1", "--center-m"), ("--local-crops -1", "--local-crops"),
-    ("--local-size 4", "--local-size"), ("--blur 0.5 0.1", "--blur"), ("--solarize 2", "solarize"),
-    ("--global-scale 1.5", "--global-scale"), ("--drop-path 2", "--drop-path"),
-    ("--hidden 0", "--hidden"), ("--patch-size 0", "--patch-size"), ("--clip 0", "--clip"),
-    ("--freeze-last-layer -1", "--freeze-last-layer"), ("--optimizer lars", "--optimizer"),
-    ("--tau-t-warmup 2", "--tau-t-warmup"), ("--branch both", "--branch"),
-    ("--weight-decay-end 2", "--weight-decay-end"),
-])
-def test_wrong_options(argv, names, tmp_path, capsys):
-    assert names in refused(dino, [*SHORT, *argv.split(), "--out", tmp_path / "run"], capsys)
-    assert not (tmp_path / "run").exists()
+def test_check(capsys):
+    def printed(*flags):
+        dino.check(completed(dino, [*SHORT, *map(str, flags)]), per_epoch=3)
+        return capsys.readouterr().out
 
-
-def test_warnings(tmp_path, monkeypatch):
-    def printed(*argv):
-        _, out = quiet(dino, [*SHORT, "--out", tmp_path / "run", *argv])
-        return out
-
-    monkeypatch.setattr(dino, "build", small)
-    monkeypatch.setattr(dino, "report", lambda *_: {"verdict": "not looked at"})
-    out = printed("--m", "0.99", "--warmup", "0.5")
-    assert "warning: the teacher's half-life is over a tenth" in out
-    assert "warning: over a third of the run" in out
-    assert "half-life of the teacher 23 epochs" in out  # 69 steps of 3
-    assert "entropy" in out and out.count("(chance 6.238)") == 2  # ln 512, of it and of the loss
-    assert "warning:" not in printed("--m", "0", "--local-size", "8")
+    for flags, words in ((["--patch-size", 32], "smaller than --patch-size 32"),
+                         (["--local-size", 8, "--patch-size", 16], "views of 8 pixels"),
+                         (["--local-scale", 0.9], "--local-scale 0.9 is over")):
+        assert words in fails(lambda: printed(*flags), capsys)  # noqa: B023
+    good = ["--m", 0, "--local-size", 8]
+    assert "warning:" not in printed(*good)
+    assert "half-life of the teacher: 23 epochs" in printed("--m", 0.99)  # 69 steps of 3
+    for flags, words in ((["--m", 0.99], "half-life is over a tenth"),
+                         (["--image-size", 17], "beside whole patches"),
+                         (["--local-size", 16], "not smaller than global")):
+        found = [line for line in printed(*good, *flags).split("\n") if "warning" in line]
+        assert len(found) == 1 and words in found[0], flags
+    assert "warning:" not in printed(*good, "--local-size", 16, "--local-crops", 0)
 
 
 def test_the_collapse_is_named():
-    """Figure 7 of the paper: where KL goes to 0 nothing is learned; the entropy says why."""
-    args, shape = completed("--out-dim", "512"), (200, 256)
+    """Figure 7 of the paper: where KL goes to 0 nothing is learned; the entropy tells why."""
+    def verdict(H, KL, word="healthy"):
+        last = {"entropy": H * math.log(512), "kl": KL * math.log(512)}
+        run = SimpleNamespace(rows=[{"entropy": 9.0, "kl": 9.0}, last])
+        return dino.teacher_verdict(f"{word}: z has spread 0.9", run, 512)
 
-    def said(H, KL, spread=0.9, rank=100):
-        state = {"teaching": torch.tensor([H, KL]) * math.log(512)}
-        return dino.verdict({"spread": spread, "rank_z": rank}, shape, args, state)
-
-    assert said(0.99, 0.001).startswith("uniform teacher: ")
-    assert said(0.001, 0.001).startswith("one-hot teacher: ")
-    assert said(0.0, 0.0).startswith("one-hot teacher: ")
+    assert verdict(0.99, 0.001).startswith("uniform teacher: z has spread 0.9")
+    assert verdict(0.001, 0.001).startswith("one-hot teacher: ")
+    assert verdict(0.0, 0.0).startswith("one-hot teacher: ")
     for H, KL in ((0.99, 0.2), (0.001, 0.2), (0.5, 0.001), (0.5, 0.2), (math.nan, math.nan)):
-        assert said(H, KL).startswith("healthy: ")  # the last: before the first step
-    assert said(0.5, 0.2, spread=0.05).startswith("collapsed to a point")
-    assert said(0.5, 0.2, rank=2).startswith("dimensional collapse")
-    assert said(0.99, 0.001, spread=0.05).startswith("uniform teacher: z has spread 0.05 of 1, ran")
-    assert said(0.5, 0.2).endswith("teacher's entropy 0.50 of ln K, KL 0.200")
+        assert verdict(H, KL).startswith("healthy: ")
+    assert verdict(0.5, 0.2, "collapsed to a point").startswith("collapsed to a point: ")
+    assert verdict(0.5, 0.2).endswith("teacher's entropy 0.50 of ln K, KL 0.200")
+    assert dino.teacher_verdict("healthy: z", SimpleNamespace(rows=[]), 512) == "healthy: z"
 
 
 @pytest.mark.parametrize("flag, word", [("--no-sharpening", "uniform teacher"),
                                         ("--no-centering", "one-hot teacher")])
-def test_a_collapsed_run_says_so(flag, word, tmp_path, monkeypatch):
-    """A network that says the same of every image, made by hand; the run has to see it itself."""
-    def collapsed(args, drop_path=0.0):
-        net, v = small(args), draw(256, dtype=torch.float32)
-        net.head.mlp[4].bias.data[:] = 10 * v  # z is about v / |v|, whatever comes in
-        net.head.last_layer.weight_v.data[0] = v
-        net.head.last_layer.weight_v.data[1:] = v if flag == "--no-sharpening" else -v
-        return net
+def test_a_collapsed_run_says_so(flag, word, tmp_path):
+    """A network that answers the same to every image, made by hand; the run has to find out."""
+    class Collapsed(Watched):
+        def place(self, net):
+            net, v = small(self.args), draw(256, dtype=torch.float32)
+            net.head.mlp[4].bias.data[:] = 10 * v  # z is about v / |v|, whatever comes in
+            net.head.last_layer.weight_v.data[0] = v
+            net.head.last_layer.weight_v.data[1:] = v if flag == "--no-sharpening" else -v
+            return net
 
-    monkeypatch.setattr(dino, "build", collapsed)
-    monkeypatch.setattr(dino, "report", dino.evaluate)
-    monkeypatch.setattr(dino, "linear_probe", lambda *_: 0.0)
-    monkeypatch.setattr(common, "curves", lambda *_: None)
-    results, _ = quiet(dino, [*SHORT, flag, "--out", tmp_path / "run", "--lr", "1e-6"])
-    assert results["verdict"].startswith(word), results["verdict"]
+    argv = [*SHORT, flag, "--out", tmp_path / "run", "--lr", "1e-6"]
+    net, data, run = train(dino, argv, Collapsed)
+    data.train.labels[:] = -1  # no probes
+    assert dino.evaluate(net, data, run.args, run)["verdict"].startswith(word)

@@ -7,15 +7,12 @@ values), and to copy from the host without non_blocking.
 """
 
 import contextlib
-import importlib
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
+import io
 from unittest import mock
 
 import pytest
 import torch
-from tools import quiet
+from tools import METHODS, method, options
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,10 +45,10 @@ class Waits(TorchDispatchMode):
 
 def backward(loss):
     """A gradient for all that loss depends on: the engine wants a driver."""
-    todo, seen = [loss.grad_fn], set()
+    todo, done = [loss.grad_fn], set()
     while todo:
-        if (node := todo.pop()) and node not in seen:
-            seen.add(node)
+        if (node := todo.pop()) and node not in done:
+            done.add(node)
             todo += [n for n, _ in node.next_functions]
             if hasattr(node, "variable"):
                 node.variable.grad = torch.empty_like(node.variable)
@@ -75,65 +72,61 @@ def fused(*given, **more):
     assert all(t.is_cuda for t in tree_leaves((given, more)) if torch.is_tensor(t))
 
 
+def nothing(*given):
+    pass
+
+
 def nested(shape):
     return [nested(shape[1:]) for _ in range(shape[0])] if shape else 1.0
 
 
-class Data:
-    """Stands in for common.Data: labelled fake images on the GPU."""
+class Data(common.Data):
+    """Labelled fake images on the GPU, in a step of which nothing may wait."""
 
-    side, labelled = None, True
+    waits = None
 
-    def __init__(self, waits):
-        self.waits = waits
-
-    def __len__(self):
-        return N
-
-    def read(self, size, device, *_):
+    def read(self, size, device, *how):
         pixels = torch.zeros(N, 3, size, size, dtype=torch.uint8, device=device)
         sizes = torch.full((N, 2), size, device=device)
-        self.train = common.Images(torch.arange(N) % 10, pixels, sizes)
+        self.how, self.train = (*how, 0), common.Images(torch.arange(N) % 10, pixels, sizes)
         self.fit = self.val = self.test = self.train, torch.arange(N // 2)
 
-    def epoch(self, number, first, batch, crops, run, seed):
-        made = common.batches(self.train, torch.arange(N), batch, crops, run.device, 0, (0, number))
-        for item in made:
+    def epoch(self, *given):
+        for item in super().epoch(*given):
             self.waits.forbidden = True
             yield item
             self.waits.forbidden = False
 
 
-def on_a_gpu(method, flags="", dtype=torch.bfloat16, **replaced):
-    """A run of two steps and an evaluation -> its results. replaced: functions of the method."""
-    method, waits, stop = importlib.import_module(method), Waits(), common.Stop()
-    stop.signal = 0
-    run = SimpleNamespace(device=torch.device("cuda", 0), name="a GPU", rank=0, world=1,
-                          dtype=dtype, autocast=partial(torch.autocast, "cuda", dtype))
+def outside(f):
+    """f, computed on the host with values."""
+    def real(*given):
+        with unset_fake_temporarily():
+            return f(*given)
+    return real
 
-    def outside(f):  # computed on the host, with values
-        def real(*given):
-            with unset_fake_temporarily():
-                return f(*given)
-        return real
 
-    on_host = [k for k in ("build", "draw_masks", "stratified_masks") if hasattr(method, k)]
-    nothing = dict.fromkeys("write save curves picture".split(), lambda *_: None)
-    generator = torch.Generator  # of the CPU in place of the GPU
-    with contextlib.ExitStack() as stack:
+def on_a_gpu(name, flags, dtype, folder, **replaced):
+    """A run of two steps and an evaluation -> its results. replaced: functions of the file."""
+    file, waits, generator = method(name), Waits(), torch.Generator  # of the CPU, not of the GPU
+    argv = f"--device cpu --batch-size {BATCH} --epochs 1 --eval-every 0 --out {folder} {flags}"
+    # networks and masks are made on the host, where fake tensors have no values to draw
+    hosted = [k for k in ("build", "draw_masks", "stratified_masks") if hasattr(file, k)]
+    values = {"item": lambda t: 0.5 if t.is_floating_point() else 1, "__int__": lambda t: 9,
+              "__bool__": lambda t: True, "tolist": lambda t: nested(t.shape)}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        run = stack.enter_context(common.Run(options(file, argv.split())))
+        run.device, run.dtype, run.every = torch.device("cuda", 0), dtype, 10
         for patch in (
-            mock.patch.multiple(common, **nothing, Data=lambda *_: Data(waits),
-                                setup=lambda *_: run, run_folder=lambda *_: Path("nowhere"),
-                                peak_memory_mb=lambda *_: 0),
-            mock.patch.multiple(method, **{k: outside(getattr(method, k)) for k in on_host},
-                                **replaced),
+            mock.patch.multiple(common, Data=Data, picture=nothing, write=nothing),
+            mock.patch.object(Data, "waits", waits),
+            mock.patch.multiple(file, **{k: outside(getattr(file, k)) for k in hosted}, **replaced),
             mock.patch.multiple(torch, _fused_sgd_=fused, _fused_adamw_=fused,
                                 Generator=lambda *_: generator()),
             mock.patch.multiple(torch.Tensor, backward=backward),
             mock.patch.multiple(torch.nn.Module, to=move),
-            mock.patch.multiple(FakeTensor, create=True, item=waits.read(
-                lambda t: 0.5 if t.is_floating_point() else 1), __int__=waits.read(lambda t: 9),
-                tolist=waits.read(lambda t: nested(t.shape)), __bool__=waits.read(lambda t: True)),
+            mock.patch.multiple(FakeTensor, create=True,
+                                **{k: waits.read(value) for k, value in values.items()}),
             mock.patch.multiple(FakeTensorMode, create=True, __deepcopy__=lambda mode, _: mode),
             mock.patch("torch.optim.LBFGS.step", lambda self, closure: closure()),
             mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
@@ -141,21 +134,21 @@ def on_a_gpu(method, flags="", dtype=torch.bfloat16, **replaced):
             FakeTensorMode(allow_non_fake_inputs=True), waits,
         ):
             stack.enter_context(patch)
-        args = ["--batch-size", BATCH, "--epochs", 1, "--eval-every", 0, *flags.split()]
-        return quiet(SimpleNamespace(main=lambda argv: method.train(method.options(argv), stop)),
-                     args)[0]
+        net, data = file.train(run.args, run)
+        return file.evaluate(net, data, run.args, run, test=True)
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@pytest.mark.parametrize("method, flags, dtype", [
-    ("simclr", "--optimizer lars", torch.bfloat16), ("moco", "", torch.float16),
-    ("byol", "", torch.bfloat16), ("dino", "--local-crops 1", torch.bfloat16),
-    ("ibot", "--local-crops 1", torch.float16), ("dinov2", "--local-crops 1", torch.bfloat16),
-    ("dinov2", "--local-crops 0 --centering ema", torch.float16), ("pretext", "", torch.bfloat16),
-    *(("pretext", f"--task {task}", torch.bfloat16)
-      for task in ("patch", "splitbrain", "inpainting", "cpc"))])
-def test_run(method, flags, dtype):
-    assert on_a_gpu(method, flags, dtype)["linear_top1"] == 50
+@pytest.mark.parametrize("name, flags, half", [(name, flags, half) for name, flags, half in [
+    ("simclr", "--optimizer lars", "bfloat16"), ("moco", "", "float16"), ("byol", "", "bfloat16"),
+    ("dino", "--local-crops 1", "bfloat16"), ("ibot", "--local-crops 1", "float16"),
+    ("dinov2", "--local-crops 1", "bfloat16"),
+    ("dinov2", "--local-crops 0 --centering ema", "float16"), ("pretext", "", "bfloat16"),
+    *(("pretext", f"--task {k}", "bfloat16") for k in "patch splitbrain inpainting cpc".split()),
+] if name in METHODS])
+def test_run(name, flags, half, tmp_path):
+    results = on_a_gpu(name, flags, getattr(torch, half), tmp_path / "run")
+    assert results["linear_top1"] == 50
 
 
 @pytest.mark.parametrize("mistake, error", [
@@ -165,10 +158,10 @@ def test_run(method, flags, dtype):
     (lambda s: s * s.new_tensor([2.0]), "waits for the GPU to copy"),
     (lambda s: s + torch.ones(s.shape[1]), "the same device"),
 ])
-def test_mistakes_are_seen(mistake, error):
+def test_mistakes_show(mistake, error, tmp_path):
     """Each of them in NT-Xent's place."""
     def nt_xent(z1, z2, tau):
         return mistake(z1 - z2).square().mean()
 
     with pytest.raises(Exception, match=error):
-        on_a_gpu("simclr", nt_xent=nt_xent)
+        on_a_gpu("simclr", "", torch.bfloat16, tmp_path / "run", nt_xent=nt_xent)

@@ -572,6 +572,7 @@ def test_model(task):
     figures = net.loss(net(inputs), target)
     figures["loss"].backward()
     assert net.backbone.conv1.weight.grad.abs().max() > 0
+    assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
     if task not in ("denoising", "inpainting"):  # there it depends on the data
         assert [*figures] == [*net.chance]
     exec(pretext.loading(args), names := {})

@@ -1,0 +1,140 @@
+"""What several lessons do with a trained network: load it, find images for it, show them."""
+
+import importlib
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+
+class Fed(nn.Module):
+    """A backbone with the input it was trained on: (N, 3, S, S) in [0, 1] -> h (N, d)."""
+
+    def __init__(self, backbone, mean, std):
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, x):
+        h = self.backbone((x - self.mean) / self.std)
+        return h[:, 0] if h.ndim == 3 else h  # of a ViT the class token
+
+
+def untrained(meta, seed):
+    """The network of a backbone.pt before training; meta says by which file and how it was made."""
+    method = importlib.import_module(meta["method"])
+    net = method.build(Namespace(**meta | {"seed": seed}))
+    return Fed(net.backbone, meta["mean"], meta["std"])
+
+
+def backbone(path):
+    """backbone.pt of any method -> the network with its weights, and meta, how it was trained."""
+    found = common.read_checkpoint(path)
+    if "method" not in found.get("meta", {}):
+        common.fail(f"{path} has to be the backbone.pt of a run")
+    net = untrained(found["meta"], seed=0)
+    net.backbone.load_state_dict(found["state_dict"])
+    return net, found["meta"]
+
+
+def parser(doc, images=400):
+    """The options of a lesson; what it does not know goes to the method."""
+    p = common.Parser(description=doc.split("\n")[0], allow_abbrev=False)
+    p.add_argument("checkpoint", help="last.pt or backbone.pt of the method, or a released file")
+    p.add_argument("--dataset", help="a name or a folder (that of the run)")
+    p.add_argument("--images", **common.FROM_2, default=images, help=f"at most ({images})")
+    p.add_argument("--size", **common.FROM_1, help="their side in pixels")
+    p.add_argument("--out", default=Path(__file__).parent, help="folder of CSV and PNG")
+    return p
+
+
+def load(method, own, options):
+    """The network of own.checkpoint, its data, and the run, whose folder is gone afterwards.
+
+    What the command line leaves open is as in the run that made the checkpoint.
+    """
+    args = common.options(method.__name__, method.__doc__, method.OPTIONS,
+                          [*options, "--eval", own.checkpoint])
+    found = common.read_checkpoint(own.checkpoint)
+    made = found.get("meta", found.get("args"))
+    if isinstance(made, dict):  # of this project, not a released file
+        open_options = [name for name in method.OPTIONS if getattr(args, name) is None]
+        for name in ["dataset", "limit", "seed", *open_options]:
+            setattr(args, name, made.get(name))
+    args.dataset = own.dataset or args.dataset
+    if args.arch and not args.arch.startswith("vit"):
+        common.fail(f"{own.checkpoint} holds a {args.arch}, which has no tokens of patches")
+    with tempfile.TemporaryDirectory() as folder:
+        args.out = folder
+        with common.Run(args) as run:
+            net, data = method.train(args, run)  # with --eval it trains nothing
+    return net.eval(), data, run
+
+
+def images(own, size, data, run):
+    """Images (n, 3, S, S) of whole patches, labels (n,), -1 unknown, and of the built-in set masks
+    of the objects (n, S, S), else None. S: own.size, without it size.
+
+    Of the built-in set new ones, of other sets validation images, of a folder without labels all.
+    """
+    patch = run.args.patch_size
+    size = (own.size or size) // patch * patch
+    if not size:
+        common.fail(f"--size {own.size} is less than a patch of {patch} pixels")
+    if run.args.dataset == common.BUILT_IN:
+        x, labels, masks, _ = common.shapes(own.images, size, seed=2)  # training: 0, test: 1
+        return x / 255, labels, masks
+    data.read(size, *data.how[1:])
+    part = data.val if data.labelled else (data.train, torch.arange(len(data.train.labels)))
+    crop = [common.Crop(size, scale=1.0)]
+    x, labels = common.embed(lambda views: views, part, crop, run, own.images)
+    return x.cpu(), labels.cpu(), None
+
+
+@torch.no_grad()
+def tokens(net, x, run):
+    """After the final norm: (N, 3, S, S) in [0, 1] -> class tokens (N, D), tokens of patches
+    (N, S / P, S / P, D)."""
+    net.eval().to(run.device)
+    side = x.shape[-1] // net.backbone.patch_size
+    h = torch.cat([net.tokens([part.to(run.device)]).cpu() for part in x.split(64)])
+    return h[:, 0], h[:, -(side**2) :].unflatten(1, (side, side))
+
+
+def per_patch(maps, patch):
+    """Means over patches: (N, S, S) -> (N, S / P, S / P)."""
+    return F.avg_pool2d(maps.float().unsqueeze(1), patch).squeeze(1)
+
+
+def table(path, keys, rows):
+    """Write and print rows of names and figures; nan stands for what is not known."""
+    lines = [keys]
+    for row in rows:
+        cells = [f"{v:.4g}" if isinstance(v, float) else v for v in row]
+        lines.append(["" if cell == "nan" else cell for cell in cells])
+    common.write(path, "".join(",".join(line) + "\n" for line in lines))
+    for name, *cells in lines:
+        print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def lit(images, masks):
+    """Images (n, 3, S, S), dark outside the masks (n, S, S)."""
+    return images * (0.15 + 0.85 * masks.unsqueeze(1))
+
+
+def grid(part, columns):
+    """A row per image, on a part of a figure; columns: title -> (n, 3, S, S) or (n, S, S)."""
+    most = max(len(pictures) for pictures in columns.values())
+    axes = part.subplots(most, len(columns), squeeze=False)
+    for column, (title, pictures) in zip(axes.T, columns.items()):
+        column[0].set_title(title, fontsize=8)
+        for ax, picture in zip(column, pictures):
+            ax.imshow(picture.movedim(0, -1) if picture.ndim == 3 else picture)
+    for ax in axes.flat:
+        ax.axis("off")
