@@ -105,7 +105,7 @@ def released(args, n):
 
 
 def local_side(args, n):
-    """Side of a local view: 96 pixels where the image has 224, in whole patches."""
+    """Side of a local view: 98 pixels where the image has 224, in whole patches."""
     return args.patch_size * max(1, round(args.image_size * 3 / 7 / args.patch_size))
 
 
@@ -377,7 +377,7 @@ def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
 
 def targets(t, center, tau_t, centering, gather=None):
     """What the student has to predict from the teacher's raw outputs: by Sinkhorn-Knopp or, with
-    the centre of the steps before, softmax((t - C) / tau_t) (DINO, equation 1; paper, Section 4).
+    the centre of the steps before, softmax((t - C) / tau_t) as in DINO (paper, Section 4).
 
     t: (n, K), center: (1, K) -> (n, K). No gradient to t. Test: test_targets.
     """

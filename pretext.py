@@ -294,9 +294,9 @@ class Patch(nn.Module):
     """Context prediction (Doersch et al. 2015): a tile and one of its eight neighbours, which one?
 
     The label of a neighbour is its place in the grid, row by row without the centre; from neighbour
-    j, the centre is at 7 - j. A tile is a quarter of the view wide, and a gap, as in the paper, half
-    a tile. Shortcuts and guards: lines that go on from tile to tile (gap, jitter);
-    chromatic aberration, which tells where in the lens a tile has been (color); shading (norm).
+    j, the centre is at 7 - j. A tile is a quarter of the view wide, and a gap, as in the paper,
+    half a tile. Shortcuts and guards: lines that go on from tile to tile (gap, jitter); chromatic
+    aberration, which tells where in the lens a tile has been (color); shading (norm).
     """
 
     def __init__(self, f, args):
@@ -663,7 +663,8 @@ def classification(logits, y):
 
     logits: (n, C), y: (n,) -> two scalars by name. Test: test_classification.
     """
-    return {"loss": cross_entropy(logits, y), "accuracy": (logits.argmax(1) == y).float().mean()}
+    correct = (logits.argmax(1) == y).to(logits.dtype)
+    return {"loss": cross_entropy(logits, y), "accuracy": correct.mean()}
 
 
 def soft_cross_entropy(logits, Z, weight):

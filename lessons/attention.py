@@ -41,8 +41,6 @@ import common
 import dino
 from lessons import checkpoint, shared
 
-OURS = "without labels"
-
 
 def attention_maps(vit, x):
     """Self-attention of the last block: (N, 3, H, W) -> (N, heads, 1 + T, 1 + T). Row i says how
@@ -128,14 +126,15 @@ def supervised(data, epochs, run):
 
 
 def measure(nets, x, truth, mass):
-    """-> lines of the table: network, head, Jaccard, share of the image; and, by network, the masks
+    """-> rows of the table: network, head, Jaccard, share of the image; and, by network, the masks
     of the head that fits an image best (n, S, S), as in the paper."""
-    lines, best = [], {}
+    rows = []
+    best = {}
 
     def add(name, head, mask):
-        score = 100 * jaccard(mask, truth).mean()
-        area = 100 * mask.float().mean()
-        lines.append([name, head, f"{score:.1f}", f"{area:.1f}"])
+        score = 100 * jaccard(mask, truth).mean().item()
+        area = 100 * mask.float().mean().item()
+        rows.append([name, head, score, area])
 
     for name, net in nets.items():
         found = masks(class_maps(net, x), mass, x.shape[-1])  # (n, heads, S, S)
@@ -145,7 +144,7 @@ def measure(nets, x, truth, mass):
         best[name] = found[torch.arange(len(x)), head]
         add(name, "best", best[name])
     add("whole image", "", torch.ones_like(truth))  # what needs no attention
-    return lines, best
+    return rows, best
 
 
 def main(argv=None):
@@ -155,29 +154,27 @@ def main(argv=None):
     p.add_argument("--supervised-epochs", **common.FROM_0, default=12, help="0: not (12)")
     own, options = p.parse_known_args(argv)
     net, data, run = checkpoint.load(dino, own, options)
-    x, _, truth = checkpoint.images(own, run.args.image_size, data, run)
+    size = checkpoint.side(own, run, run.args.image_size)
+    x, _, truth = checkpoint.images(own, size, data, run)
     shown = x[: own.shown]
     columns = {"image": shown}
     for i, head in enumerate(class_maps(net, shown).unbind(1), 1):
         columns[f"head {i}"] = head
-    lines = []
+    rows = []
     if truth is not None:
-        nets = {OURS: net}
+        nets = {"without labels": net}
         nets["random weights"] = dino.build(run.args).to(run.device)
         if own.supervised_epochs:
             nets["supervised"] = supervised(data, own.supervised_epochs, run)
-        lines, best = measure(nets, x, truth, own.mass)
+        rows, best = measure(nets, x, truth, own.mass)
         best["the object"] = truth
         for name, mask in best.items():
             columns[name] = checkpoint.lit(shown, mask[: own.shown])
-        rows = [["network", "head", "jaccard", "share_of_image"], *lines]
-        text = "".join(",".join(row) + "\n" for row in rows)
-        common.write(f"{own.out}/attention.csv", text)
-        for row in rows:
-            print("{:20}{:>6}{:>10}{:>17}".format(*row))
-    size = (1.4 * len(columns), 1.4 * len(shown))
-    shared.figure(f"{own.out}/attention.png", size, checkpoint.grid, columns)
-    return lines
+        keys = ["network", "head", "jaccard", "share_of_image"]
+        checkpoint.table(f"{own.out}/attention.csv", keys, rows)
+    shape = (1.4 * len(columns), 1.4 * len(shown))
+    shared.figure(f"{own.out}/attention.png", shape, checkpoint.grid, columns)
+    return rows
 
 
 if __name__ == "__main__":

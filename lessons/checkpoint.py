@@ -77,16 +77,22 @@ def load(method, own, options):
     return net.eval(), data, run
 
 
+def side(own, run, size=None):
+    """Of an image of whole patches, in pixels; where --size is not given, of this size or of 12
+    patches, or as in training where that is more, up to 224."""
+    patch = run.args.patch_size
+    size = own.size or size or max(12 * patch, min(run.args.image_size, 224))
+    if size < patch:
+        common.fail(f"--size {size} is less than a patch of {patch} pixels")
+    return size // patch * patch
+
+
 def images(own, size, data, run):
-    """Images (n, 3, S, S) of whole patches, labels (n,), -1 unknown, and of the built-in set masks
-    of the objects (n, S, S), else None. S: own.size, without it size.
+    """Images (n, 3, size, size), labels (n,), -1 unknown, and of the built-in set masks of the
+    objects (n, size, size), else None.
 
     Of the built-in set new ones, of other sets validation images, of a folder without labels all.
     """
-    patch = run.args.patch_size
-    size = (own.size or size) // patch * patch
-    if not size:
-        common.fail(f"--size {own.size} is less than a patch of {patch} pixels")
     if run.args.dataset == common.BUILT_IN:
         x, labels, masks, _ = common.shapes(own.images, size, seed=2)  # training: 0, test: 1
         return x / 255, labels, masks
@@ -124,8 +130,9 @@ def table(path, keys, rows):
 
 
 def lit(images, masks):
-    """Images (n, 3, S, S), dark outside the masks (n, S, S)."""
-    return images * (0.15 + 0.85 * masks.unsqueeze(1))
+    """Images (n, 3, S, S), dark outside the masks (n, h, w) of pixels or patches."""
+    masks = F.interpolate(masks.unsqueeze(1).float(), images.shape[2:])
+    return images * (0.15 + 0.85 * masks)
 
 
 def grid(part, columns):

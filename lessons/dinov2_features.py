@@ -45,7 +45,9 @@ import dinov2
 from lessons import checkpoint, shared
 
 OURS = "without labels"
-SHOWN, QUERIES, NEAREST = 6, 3, 5
+SHOWN = 6
+QUERIES = 3
+NEAREST = 5
 KEYS = ["network", "foreground_jaccard", "object_to_object", "same_class_of_5"]
 
 
@@ -60,10 +62,11 @@ def foreground(patches):
     """(N, h, w, D) -> bool (N, h, w): the first component of all patches together, cut at 0 (paper,
     Section 7.5). Its sign means nothing: the side more of the middle lies on is the object."""
     first = components(patches.flatten(0, 2), 1).view(patches.shape[:3])
-    h, w = patches.shape[1:3]
-    middle = first[:, h // 4 : h - h // 4, w // 4 : w - w // 4]
-    positive = (middle > 0).float().mean() >= (first > 0).float().mean()
-    return first > 0 if positive else first < 0
+    side = len(first[0])
+    inner = slice(side // 4, side - side // 4)
+    share = (first > 0).float().mean()
+    middle = (first[:, inner, inner] > 0).float().mean()
+    return first > 0 if middle >= share else first < 0
 
 
 def colours(patches, kept):
@@ -87,10 +90,11 @@ def matches(a, b):
 def matched(a, b, kept_a, kept_b):
     """Kept patches of a in the colours of their places, those of b in the colour of the patch of a
     that they match: (h, w, D), bool (h, w) -> 2 x (h, w, 3)."""
-    h, w = kept_a.shape
-    y, x = torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1, w), indexing="ij")
-    places = 0.15 + 0.85 * torch.stack([x, 1 - (x + y) / 2, y], -1)
-    one, two = places * kept_a.unsqueeze(-1), torch.zeros_like(places)
+    line = torch.linspace(0, 1, len(kept_a))
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    places = torch.stack([x, 1 - (x + y) / 2, y], -1)
+    one = places * kept_a.unsqueeze(-1)
+    two = torch.zeros_like(places)
     if kept_a.any():
         two[kept_b] = places[kept_a][matches(a[kept_a], b[kept_b])]
     return one, two
@@ -109,7 +113,9 @@ def in_numbers(h, patches, labels, masks):
     same class among the five nearest."""
     patch = masks.shape[1] // patches.shape[1]
     on = checkpoint.per_patch(masks, patch).flatten(1) > 0.5  # (N, T)
-    overlap, hits = [], []
+    tokens = patches.flatten(1, 2)
+    overlap = []
+    hits = []
     for label in labels.unique():
         of = (labels == label).nonzero().squeeze(1)
         found = foreground(patches[of]).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
@@ -117,10 +123,11 @@ def in_numbers(h, patches, labels, masks):
         either = (found | masks[of]).sum((1, 2))
         overlap.append(both / either.clamp(min=1))
         for a, b in zip(of, of.roll(1)):
-            to = matches(patches[a].flatten(0, 1), patches[b].flatten(0, 1)[on[b]])
+            to = matches(tokens[a], tokens[b][on[b]])
             hits.append(on[a][to])
     same = labels[nearest(h, NEAREST)] == labels.unsqueeze(1)
-    return [100 * v.float().mean().item() for v in (torch.cat(overlap), torch.cat(hits), same)]
+    found = torch.cat(overlap), torch.cat(hits), same
+    return [100 * v.float().mean().item() for v in found]
 
 
 def chance(labels, masks, patch):
@@ -136,21 +143,19 @@ def draw(whole, x, h, patches, shown):
     above, below = whole.subfigures(2, 1, height_ratios=[len(shown), QUERIES])
     images, p = x[shown], patches[shown]
     kept = foreground(p)
-    size = x.shape[2:]
     pairs = []
     for i in range(0, len(shown) - 1, 2):
         pairs += matched(p[i], p[i + 1], kept[i], kept[i + 1])
     columns = {
         "image": images,
-        "foreground": checkpoint.lit(images, F.interpolate(kept[:, None].float(), size)[:, 0]),
+        "foreground": checkpoint.lit(images, kept),
         "three components of it": colours(p, kept).movedim(3, 1),
-        "matched patches": torch.stack(pairs).movedim(3, 1),
+        "same colour: matched": [picture.movedim(2, 0) for picture in pairs],
     }
     checkpoint.grid(above, columns)
-    near = nearest(h, NEAREST)[:QUERIES]
     columns = {"query": x[:QUERIES]}
-    for k, column in enumerate(near.T):
-        columns[f"nearest {k + 1}"] = x[column]
+    for k, column in enumerate(nearest(h, NEAREST).T, 1):
+        columns[f"nearest {k}"] = x[column[:QUERIES]]
     checkpoint.grid(below, columns)
 
 
@@ -161,27 +166,29 @@ def main(argv=None):
     net, data, run = checkpoint.load(dinov2, own, options)
     args = run.args
     patch = args.patch_size
-    size = max(12 * patch, min(args.image_size, 224))
+    size = checkpoint.side(own, run)
     x, labels, masks = checkpoint.images(own, size, data, run)
     label = labels[0] if own.label is None else own.label
     shown = (labels == label).nonzero().squeeze(1)[:SHOWN]
     if not len(shown):
         common.fail(f"--label {label}: none of the {len(x)} images is of that class")
-    size = min(x.shape[-1], args.image_size // patch * patch)  # as in training
+    size = min(size, args.image_size // patch * patch)  # as in training
     small = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    nets = {OURS: net}
-    if masks is not None:
-        nets["random weights"] = dinov2.build(args)
-    rows = []
-    for name, f in nets.items():
-        h, patches = checkpoint.tokens(f, small, run)[0], checkpoint.tokens(f, x, run)[1]
-        if masks is not None:
-            rows.append([name, *in_numbers(h, patches, labels, masks)])
-        if f is net:
-            shared.figure(f"{own.out}/dinov2_features.png", (9, 14), draw, x, h, patches, shown)
-    if rows:
-        rows.append(["whole image or chance", *chance(labels, masks, patch)])
-        checkpoint.table(f"{own.out}/dinov2_features.csv", KEYS, rows)
+
+    def both_tokens(f):
+        return checkpoint.tokens(f, small, run)[0], checkpoint.tokens(f, x, run)[1]
+
+    h, patches = both_tokens(net)
+    shared.figure(f"{own.out}/dinov2_features.png", (9, 14), draw, x, h, patches, shown)
+    if masks is None:
+        return []
+    untrained = both_tokens(dinov2.build(args))
+    rows = [
+        [OURS, *in_numbers(h, patches, labels, masks)],
+        ["random weights", *in_numbers(*untrained, labels, masks)],
+        ["whole image or chance", *chance(labels, masks, patch)],
+    ]
+    checkpoint.table(f"{own.out}/dinov2_features.csv", KEYS, rows)
     return rows
 
 

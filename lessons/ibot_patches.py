@@ -142,14 +142,14 @@ def main(argv=None):
     net, data, run = checkpoint.load(ibot, own, options)
     args = run.args
     patch = args.patch_size
-    size = max(args.image_size, 12 * patch)
+    size = checkpoint.side(own, run)
     x, labels, masks = checkpoint.images(own, size, data, run)
-    side = x.shape[-1] // patch
+    side = size // patch
     if masks is None:
         masks = x[:, 0] * math.nan  # not known
     masks = masks.float().unsqueeze(1)
     common.reseed(args.seed)
-    boxes, mirrored = draw_views(len(x), side * patch)
+    boxes, mirrored = draw_views(len(x), size)
     views = []
     cuts = []
     for view in zip(boxes, mirrored):

@@ -968,7 +968,7 @@ def test_a_broken_file_leaves_the_stream_and_others_stand_in(photos, capsys):
     files = [f for pair in zip(good, broken) for f in pair]
     images = common.Images(torch.arange(18), files=[*files], shorter=48)
     for epoch in range(2):
-        found = torch.cat([b[1] for b in served(images, CENTRE, workers=2, seed=(0, epoch))])
+        found = torch.cat([b[1] for b in served(images, CENTRE, workers=1, seed=(0, epoch))])
         assert found[::2].tolist() == list(range(0, 18, 2))  # what can be read stays in its place
         assert (found % 2).max() == 0 and len(set(found[1::2].tolist())) > 4
     assert images.files == [None if f in broken else f for f in files]
@@ -982,6 +982,7 @@ def test_nothing_readable_is_an_error(tmp_path, capsys, memory_gb):
         (tmp_path / f"{i}.jpg").write_text("no image")
     data = common.Data(str(tmp_path))
     assert "can be read" in fails(lambda: data.read(16, CPU, memory_gb, 2), capsys)
+    # not yet so: a sentence for every image of the first batches, from the threads that read them
     images = common.Images(torch.zeros(2), files=["a.jpg", "b.jpg"], shorter=9)
     assert "can be read" in fails(lambda: served(images, CENTRE), capsys)
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,11 @@ import dino
 import dinov2
 import ibot
 import moco
+import simclr
 from lessons import checkpoint, shared
 
-TINY = "--limit 48 --image-size 16 --epochs 1 --device cpu --workers 0".split()
+DEVICE = "--device cpu --workers 0".split()
+TINY = [*DEVICE, *"--limit 40 --image-size 16 --epochs 1".split()]
 
 
 def lesson(name):
@@ -31,14 +34,13 @@ def written(folder, name):
 
 
 @pytest.mark.parametrize("name, rows, own", [
-    ("head", 3, "--batch-size 16"),
-    ("augmentations", 4, "--batch-size 16"),
-    ("temperature", 3, "--batch-size 16 --taus 0.2 1 --batch-sizes 24"),
-    ("collapse", 5, "--batch-size 16"),
-    ("dino_collapse", 4 * 2, "--batch-size 16 --every 2"),
-    ("moco_bn_leak", 2, "--batch-size 16 --splits 1 2"),
-    ("moco_steps-ms", 2, "--batch-size 16 --ms 0 0.9"),
-    ("moco_steps-queues", 2, "--batch-size 16 --queues 40 --seeds 2"),
+    ("head", 3, "--batch-size 20"),
+    ("augmentations", 4, "--batch-size 20"),
+    ("temperature", 3, "--batch-size 20 --taus 0.2 1 --batch-sizes 40"),
+    ("collapse", 5, "--batch-size 20"),
+    ("dino_collapse", 4 * 2, "--batch-size 20 --every 1"),
+    ("moco_bn_leak", 2, "--batch-size 20 --splits 1 2"),
+    ("moco_steps-ms", 2, "--batch-size 20 --ms 0 0.9"),
     ("pretext_tasks", 3 + 2, "--tasks colorization patch"),
 ])
 def test_lesson(tmp_path, name, rows, own):
@@ -73,13 +75,14 @@ def test_pretext_accuracy(tmp_path):
     run.vectors = {"net": torch.cat([keys[:3], run.queue.T[:5]]), "net_ema": keys[order]}
     p = torch.zeros(1, requires_grad=True)
     p.grad = p.detach()
-    run.update(torch.optim.SGD([p], 0.1), torch.amp.GradScaler("cpu", enabled=False), p.sum())
+    optimizer = torch.optim.SGD([p], 0.1, fused=True)
+    run.update(optimizer, torch.amp.GradScaler("cpu", enabled=False), p.sum())
     assert run.pretext_top1.item() == 100 * 3 / 8
 
 
 def test_terms_of_every_step(tmp_path):
     """Their means over an epoch are what the run prints."""
-    argv = [*TINY, "--epochs", 2, "--batch-size", 12, "--eval-every", 0, "--out", tmp_path]
+    argv = [*TINY, "--epochs", 2, "--batch-size", 10, "--eval-every", 0, "--out", tmp_path]
     _, _, run = train(dino, argv, lesson("dino_collapse").StepRun)
     rows = run.means(4)
     assert [row["step"] for row in rows] == [4, 8] and len(run.means(3)) == 3
@@ -163,51 +166,63 @@ def test_dinov2_table_differences(capsys):
     assert lines[1][3:10] == ["31.0±", "1.0", "+1.0", "±", "0.8", "within", "noise"]
 
 
+def untrained(method, folder, *argv):
+    """last.pt and backbone.pt of a run of no steps, at weights that its seed does not give."""
+    args = completed(method, [*TINY, *argv])
+    net = method.build(SimpleNamespace(**vars(args) | {"seed": 5}))
+    state = {"net": net.state_dict(), "net_ema": net.state_dict()}
+    meta = vars(args) | {"mean": method.MEAN, "std": method.STD}
+    folder.mkdir(exist_ok=True)
+    common.write(folder / "last.pt", {"method": args.method, "args": vars(args), "state": state,
+                                      "progress": {}})
+    common.write(folder / "backbone.pt", {"state_dict": net.backbone.state_dict(), "meta": meta})
+    return net.eval()
+
+
+def folder_of(n, path):
+    """Images without labels."""
+    path.mkdir()
+    for i, x in enumerate(torch.rand(n, 3, 40, 40, generator=torch.Generator().manual_seed(0))):
+        common.picture(path / f"{i}.png", [x[None]])
+    return path
+
+
+def refused(name, capsys, *argv):
+    return fails(lambda: lesson(name).main([str(a) for a in argv]), capsys)
+
+
 def test_finetune(tmp_path):
-
-    simclr.main([*TINY, "--eval-every", "0", "--out", str(tmp_path / "run")])
+    untrained(simclr, tmp_path)
     rows = lesson("finetune").main([
-        str(tmp_path / "run" / "backbone.pt"), "--limit", "80", "--epochs", "1", "--min-steps", "2",
-        "--lrs", "0.1", "--seeds", "1", "--out", str(tmp_path)])
+        str(tmp_path / "backbone.pt"), *TINY, "--min-steps", "2", "--lrs", "0.1", "--seeds", "1",
+        "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert len(rows) == 9 and {row["start"] for row in rows} >= {"fine-tuned", "frozen"}
-    assert len((tmp_path / "finetune.csv").read_text().splitlines()) == 10
-    assert (tmp_path / "finetune.png").stat().st_size > 5000
+    assert len(written(tmp_path, "finetune")) == 9
 
 
-@pytest.mark.parametrize("name", ["byol", "ibot", "dinov2"])
-def test_backbone_is_fed_as_in_its_training(name, tmp_path, monkeypatch):
-    file = importlib.import_module(name)
-    monkeypatch.setattr(file, "report", lambda *_: {"verdict": "not looked at"})
-    argv = ["--batch-size", "16", "--eval-every", "0", "--out", str(tmp_path)]
-    file.main([*TINY, *argv, *["--registers", "2"] * (name == "dinov2")])
-    backbone, meta = lesson("finetune").rebuild(tmp_path / "backbone.pt")
-    net = file.build(SimpleNamespace(**meta))
-    net.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["state"][file.KEPT])
+@pytest.mark.parametrize("method", [byol, ibot, dinov2], ids=lambda method: method.__name__)
+def test_backbone_is_fed_as_in_its_training(method, tmp_path):
+    net = untrained(method, tmp_path)
+    backbone, meta = checkpoint.backbone(tmp_path / "backbone.pt")
     x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    h = net.eval()(x)[0]
-    raw = backbone.eval().net(x)  # without its mean and deviation
+    h = net(x)[0]
+    raw = backbone.eval().backbone(x)  # without its mean and deviation
     raw = raw[:, 0] if raw.ndim == 3 else raw
     assert torch.allclose(backbone(x), h, atol=1e-6) and not torch.allclose(raw, h, atol=1e-3)
 
 
 def test_attention(tmp_path):
-    module, run = lesson("attention"), tmp_path / "run"
-    dino.main([*TINY, "--batch-size", "16", "--eval-every", "0", "--device", "cpu",
-               "--out", str(run)])
-
-    def made(file, *argv):
-        rows = module.main([str(run / file), *argv, "--device", "cpu", "--out", str(tmp_path)])
-        assert (tmp_path / "attention.png").stat().st_size > 5000
-        assert len((tmp_path / "attention.csv").read_text().splitlines()) == 1 + len(rows)
-        return rows
-
-    rows = made("last.pt", "--images", "12", "--size", "40", "--supervised-epochs", "1")
+    module, shared_argv = lesson("attention"), [*DEVICE, "--out", str(tmp_path)]
+    untrained(dino, tmp_path, "--hidden", "16")
+    rows = module.main([str(tmp_path / "last.pt"), *shared_argv, "--images", "12", "--size", "40",
+                        "--supervised-epochs", "1"])
     best = {row[0]: float(row[2]) for row in rows if row[1] in ("best", "")}
     assert len(rows) == 3 * 5 + 1 and len(best) == 4 and all(0 < v < 100 for v in best.values())
     assert best["without labels"] >= max(float(row[2]) for row in rows[:4])
-    common.picture(tmp_path / "an image.png", [torch.rand(1, 3, 40, 40)])
-    rows = made("backbone.pt", "--image", str(tmp_path / "an image.png"), "--size", "64")
-    assert [row[1] for row in rows] == ["1", "2", "3", "4"] and all(row[2] == "" for row in rows)
+    assert len(written(tmp_path, "attention")) == len(rows)
+    folder = folder_of(2, tmp_path / "images")
+    assert not module.main([str(tmp_path / "backbone.pt"), *shared_argv, "--dataset", str(folder),
+                            "--size", "64"])
 
 
 def test_attention_masks():
@@ -230,44 +245,20 @@ def test_attention_masks():
         assert module.jaccard(a, b)[i].item() == pytest.approx(both / either)
 
 
-def refuses(module, capsys, *argv):
-    with pytest.raises(SystemExit) as caught:
-        module.main([str(a) for a in argv])
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
-    return said
-
-
-def untrained(method, folder, *argv):
-    """The files of a run of no steps, not at the weights that its seed gives."""
-    args = method.options([*TINY, "--device", "cpu", "--hidden", "16", *argv])
-    method.complete(args, None, 80)
-    net = method.build(SimpleNamespace(**vars(args) | {"seed": 5}))
-    folder.mkdir(exist_ok=True)
-    common.save(folder / "last.pt", method.__name__, args, {"net": net, "net_ema": net}, {})
-    common.write(folder / "backbone.pt", {"state_dict": net.backbone.state_dict(),
-                                          "meta": vars(args)})
-    return folder
-
-
 def test_ibot_patches(tmp_path, capsys):
-    module, run, out = lesson("ibot_patches"), tmp_path / "run", ["--out", str(tmp_path)]
-    untrained(ibot, run)
-    rows = module.main([str(run / "last.pt"), "--images", "22", "--size", "40", *out])
+    module, out = lesson("ibot_patches"), [*DEVICE, "--out", str(tmp_path)]
+    untrained(ibot, tmp_path, "--hidden", "16")
+    rows = module.main([str(tmp_path / "last.pt"), "--images", "22", "--size", "40", *out])
     assert [row[0] for row in rows[::2]] == [module.OURS, "random weights", "random pairs"]
     assert all(0 < row[2] <= 12 for row in rows[:4]) and all(0 <= row[4] <= 100 for row in rows)
-    assert 0 < rows[4][3] < 60 and rows[5][3] is None
-    assert len((tmp_path / "ibot_patches.csv").read_text().splitlines()) == 1 + 6
-    assert (tmp_path / "ibot_patches.png").stat().st_size > 5000
-    files = [tmp_path / "one.png", tmp_path / "two.png"]
-    for file in files:
-        common.picture(file, [torch.rand(1, 3, 40, 40)])
-    rows = module.main([str(run / "backbone.pt"), "--image", *map(str, files), "--size", "24",
+    assert 0 < rows[4][3] < 60 and math.isnan(rows[5][3])
+    assert len(written(tmp_path, "ibot_patches")) == 6
+    folder = folder_of(2, tmp_path / "images")
+    rows = module.main([str(tmp_path / "backbone.pt"), "--dataset", str(folder), "--size", "24",
                         *out])
-    assert [row[1] for row in rows[:2]] == [module.VIEWS, "images"] and rows[0][4] is None
-    refuses(module, capsys, run / "last.pt", "--size", "8", *out)
-    assert "none.pt" in refuses(module, capsys, run / "none.pt")
-    refuses(module, capsys, run / "last.pt", "--image", run / "last.pt", *out)
+    assert rows[0][1] == module.VIEWS and 0 <= rows[0][3] <= 100 and math.isnan(rows[0][4])
+    refused("ibot_patches", capsys, tmp_path / "last.pt", "--size", 3, *out)
+    assert "none.pt" in refused("ibot_patches", capsys, tmp_path / "none.pt", *out)
 
 
 def test_mutually_nearest_patches():
@@ -312,28 +303,23 @@ def test_places_of_views():
 
 @pytest.fixture(scope="module")
 def dinov2_run(tmp_path_factory):
-    return untrained(dinov2, tmp_path_factory.mktemp("dinov2"), "--registers", "2", "--ffn",
-                     "swiglu")
+    folder = tmp_path_factory.mktemp("dinov2")
+    untrained(dinov2, folder, *"--registers 2 --ffn swiglu --hidden 16".split())
+    return folder
 
 
 def test_dinov2_features(tmp_path, dinov2_run, capsys):
-    module, out = lesson("dinov2_features"), ["--out", str(tmp_path)]
-    table = module.main([str(dinov2_run / "last.pt"), "--images", "33", "--size", "40", *out])
-    assert len(table) == 3 and all(0 <= v <= 100 for row in table.values() for v in row)
-    assert len((tmp_path / "dinov2_features.csv").read_text().splitlines()) == 1 + 3
-    assert (tmp_path / "dinov2_features.png").stat().st_size > 5000
-    files = [str(tmp_path / f"{i}.png") for i in range(3)]
-    for file in files:
-        common.picture(file, [torch.rand(1, 3, 40, 40)])
-    for some in (files, files[:1]):
-        assert module.main([str(dinov2_run / "backbone.pt"), "--image", *some, "--size", "24",
-                            *out]) == []
-    args = [dinov2_run / "last.pt", *out, "--images", "20"]
-    assert "--label 10" in refuses(module, capsys, *args, "--label", "10")
-    assert "--size 7" in refuses(module, capsys, *args, "--size", "7")
-    other = tmp_path / "other.pt"
-    common.write(other, {"state_dict": {}, "meta": {"arch": "vit_nano", "patch_size": 8}})
-    assert "not a ViT of dinov2.py" in refuses(module, capsys, other, *out)
+    module, out = lesson("dinov2_features"), [*DEVICE, "--out", str(tmp_path)]
+    rows = module.main([str(dinov2_run / "last.pt"), "--images", "33", "--size", "40", *out])
+    assert len(rows) == 3 and all(0 <= v <= 100 for row in rows for v in row[1:])
+    assert len(written(tmp_path, "dinov2_features")) == 3
+    for n in (3, 2):
+        folder = folder_of(n, tmp_path / f"{n}")
+        assert not module.main([str(dinov2_run / "backbone.pt"), "--dataset", str(folder),
+                                "--size", "24", *out])
+    argv = [dinov2_run / "last.pt", *out, "--images", "20"]
+    assert "--label 10" in refused("dinov2_features", capsys, *argv, "--label", "10")
+    assert "--size 3" in refused("dinov2_features", capsys, *argv, "--size", "3")
 
 
 def test_dinov2_features_planted():
@@ -364,16 +350,16 @@ def test_dinov2_features_planted():
 
 
 def test_dinov2_dense(tmp_path, dinov2_run, capsys):
-    module, out = lesson("dinov2_dense"), ["--out", str(tmp_path)]
-    table = module.main([str(dinov2_run / "last.pt"), "--fit", "20", "--images", "15", "--shown",
-                         "2", "--size", "40", *out])
+    module, out = lesson("dinov2_dense"), [*DEVICE, "--out", str(tmp_path)]
+    last = str(dinov2_run / "last.pt")
+    table = module.main([last, "--fit", "20", "--images", "15", "--shown", "2", "--size", "40",
+                         *out])
     assert list(table)[:3] == [module.OURS, "random weights", "raw pixels"] and len(table) == 6
     assert table["constant"]["iou_object"] == 0 < table["raw pixels"]["iou_object"]
     assert table["truth of each patch"]["rmse"] < table["constant"]["rmse"]
-    assert len((tmp_path / "dinov2_dense.csv").read_text().splitlines()) == 1 + 6
-    assert (tmp_path / "dinov2_dense.png").stat().st_size > 5000
-    assert "--size 7" in refuses(module, capsys, dinov2_run / "last.pt", "--size", "7", *out)
-    assert "number" in refuses(module, capsys, dinov2_run / "last.pt", "--fit", "2", *out)
+    assert len(written(tmp_path, "dinov2_dense")) == 6
+    assert "--size 3" in refused("dinov2_dense", capsys, last, "--size", "3", *out)
+    assert "--fit" in refused("dinov2_dense", capsys, last, "--fit", "2", *out)
 
 
 def test_dinov2_dense_scores():

@@ -318,4 +318,4 @@ def test_another_head_or_stem_is_refused(tmp_path, capsys):
 def test_a_small_batch_is_warned_of(capsys):
     for size in (63, 64):
         simclr.check(options(simclr, ["--batch-size", size]))
-        assert ("warning: fewer than 64" in capsys.readouterr().out) == (size < 64)
+        assert ("fewer than 64" in capsys.readouterr().out) == (size < 64)
