@@ -23,7 +23,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.distributed.nn.functional import all_gather, all_reduce
 from torchvision import datasets
 from torchvision.utils import save_image
 
@@ -72,7 +70,8 @@ def write(path, content):
             content(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
         fail(f"{path} cannot be written: {error}".split("\n")[0])
 
 
@@ -216,8 +215,6 @@ class Run:
         self.every = 10 if self.device.type == "cuda" else 1  # to read from a GPU is to wait for it
         print(f"{args.method} on {args.dataset}, {self.world} x {self.name}, {self.dtype}, "
               f"to {printable(self.folder)}")
-        if self.world > 1 and self.device.type == "cpu":
-            print("note: batch norm is not synchronised on CPUs, each process has its own")
 
     def _choose_device(self, name, amp):
         found = ["cuda"] if torch.cuda.is_available() else []
@@ -307,18 +304,25 @@ class Run:
     def gather(self, x):
         """Rows of all processes, with gradient: (n, ...) -> (world n, ...).
 
-        Where every process computes the loss of the whole batch, the gradients that the copies of a
-        row get are added up here and averaged by DistributedDataParallel: those of one process.
+        For losses that every process computes of the whole batch: each has the whole gradient of
+        its own rows. It is multiplied by world here, and DistributedDataParallel, which averages,
+        makes it the gradient of a single process.
         """
         if self.world == 1:
             return x
-        return torch.cat(all_gather(x.contiguous()))
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.detach().contiguous())
+        if x.requires_grad:
+            parts[self.rank] = x + (self.world - 1) * (x - x.detach())
+        return torch.cat(parts)
 
     def mean(self, x):
         """Mean over all processes."""
         if self.world == 1:
             return x
-        return all_reduce(x) / self.world
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / self.world
 
     def update(self, optimizer, scaler, loss):
         """The optimiser's step, unless loss or gradient of any process are not finite.
@@ -425,8 +429,7 @@ class Run:
         figures = ", ".join(f"{k} {v:.3f}{self._chance(k)}" for k, v in means.items())
         left = self.seconds / self.step * (self.steps - self.step)
         print(f"epoch {row['epoch']}: {figures}, {failed} steps skipped, {images / seconds:,.0f} "
-              f"images/s, {row['waiting']:.0%} waiting for data, "
-              f"{timedelta(seconds=round(left))} left")
+              f"images/s, {row['waiting']:.0%} waiting for data, {left / 60:.1f} min left")
         return bool(self.args.eval_every) and row["epoch"] % self.args.eval_every == 0
 
     # -- checkpoint and results
@@ -435,10 +438,9 @@ class Run:
         """With --resume, load last.pt into state (modules, optimisers, tensors by name)."""
         if not self.args.resume:
             return
-        path = self.folder / "last.pt"
-        saved = read_checkpoint(path)
+        saved = read_checkpoint(self.folder / "last.pt")
         if not {"method", "args", "state", "progress"} <= saved.keys():
-            fail(f"--resume: {path} is not the last.pt of a run")
+            fail(f"--resume: last.pt in {self.folder} is not that of a run")
         for name, value in self._shape().items():
             if saved["args"].get(name) != value:
                 fail(f"--resume: the run had {name} {saved['args'].get(name)}, not {value}")
@@ -520,11 +522,11 @@ def claim(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         open(folder / "args.json", "x").close()  # fails where the file exists
+        return True
     except OSError as error:
-        if (folder / "args.json").exists():
-            return False
-        fail(f"--out {printable(folder)}: no folder can be made there ({error.strerror})")
-    return True
+        if not (folder / "args.json").exists():
+            fail(f"--out {printable(folder)}: no folder can be made there ({error.strerror})")
+    return False
 
 
 class Undo:
@@ -562,10 +564,10 @@ def read_checkpoint(path):
     module names of numpy 1.
     """
     scalar = np.float64(0).__reduce__()[0]
-    numpy_1 = functools.partial(scalar)  # the same function by its older name
-    numpy_1.__module__, numpy_1.__name__ = "numpy.core.multiarray", "scalar"
+    old = functools.partial(scalar)  # the same function by its older name
+    vars(old).update(__module__="numpy.core.multiarray", __name__="scalar", __qualname__="scalar")
     dtypes = {type(np.dtype(t)) for t in "fdilq"}
-    torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, scalar, numpy_1, *dtypes])
+    torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, scalar, old, *dtypes])
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -578,8 +580,8 @@ def read_checkpoint(path):
 def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None):
     """Load the file of --init or --eval into net, which has a `backbone` and heads beside it.
 
-    Understood: last.pt of the same method, of which the network `kept` is taken; backbone.pt;
-    torchvision's, timm's and released weights, with `branch` or a usual name above the tensors.
+    Understood: last.pt of the same method, of which it takes `kept` or the student `net`; and
+    backbone.pt, torchvision's, timm's and released weights, with `branch` or a usual name above the tensors.
     renames: (pattern, replacement) for names of the file; adapt: changes the dict of tensors last.
     Heads that a file of weights alone does not have stay random.
     """
@@ -590,10 +592,10 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     is_run = {"method", "state"} <= weights.keys()
     if is_run and weights["method"] != args.method:
         fail(f"{path} is a run of {weights['method']}: give its backbone.pt")
-    weights = weights["state"].get(kept, {}) if is_run else weights
+    if is_run:
+        weights = weights["state"].get("net" if branch == "student" else kept, {})
     for key in (branch, "state_dict", "model"):
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
     weights = {rename(k, renames): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     if not any(k.startswith("backbone.") for k in weights):
         weights = {f"backbone.{k}": v for k, v in weights.items()}
@@ -878,7 +880,7 @@ def blur(x, sigma, taps, p):
 # Images in: the built-in set
 # ==================================================================================================
 
-BUILT_IN, TRAIN, TEST = "shapes", 4000, 2000
+BUILT_IN, SIZES = "shapes", {"train": 4000, "test": 2000}
 
 
 def _star(x, y):
@@ -933,7 +935,7 @@ def shapes(n, size, seed):
         x, y = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
         here, material = inside(x + X.mean(), y + Y.mean()), draw(0, 3).floor()
         striped, checked = (8 * y).sin().sign(), (7 * x).sin().sign() * (7 * y).sin().sign()
-        pattern = (material == 1) * striped + (material == 2) * checked
+        pattern = torch.where(material == 2, checked, 0.0).where(material != 1, striped)
         k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 2 * material.unsqueeze(1)) % 6
         colour = 1 - 0.4 * k.minimum(4 - k).clamp(0, 1)  # (m, 3, 1, 1): red, green or blue
         light = (draw(0.7, 0.84) + 0.06 * dy + 0.04 * pattern).unsqueeze(1)
@@ -1094,8 +1096,7 @@ class Data:
     def __init__(self, name, root="data", limit=None):
         self.side, self.parts, self.limit = None, {}, limit
         if name == BUILT_IN:
-            self.parts = {"train": (range(min(TRAIN, limit or TRAIN)), None),
-                          "test": (range(min(TEST, limit or TEST)), None)}
+            self.parts = {k: (range(min(n, limit or n)), None) for k, n in SIZES.items()}
         elif name in SETS:
             self._find_in_torchvision(name, Path(root))
         elif name and Path(name).is_dir():
@@ -1135,11 +1136,10 @@ class Data:
             self._add("train", files, torch.full((len(files),), -1))
         if classes and "test" not in self.parts:  # ImageNet's validation split is the test
             self.parts["test"] = self.parts.pop("val", None) or self._split_off_test()
-        kind = f"{len(classes)} classes" if classes else "no train/<class>/*, so no labels"
+        kinds = ["no train/<class>/*, so no labels", "one class only, so accuracies say nothing"]
+        kind = dict(enumerate(kinds)).get(len(classes), f"{len(classes)} classes")
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
         print(f"{printable(root)}: {kind}; images: {counts}; {others} other files ignored")
-        if len(classes) == 1:
-            print("warning: all images have one class, so every accuracy is 100 %")
         sample = [read_image(f, 1024) for f in files[:: len(files) // 64 + 1]]
         sides = [min(image.shape[:2]) for image in sample if not isinstance(image, str)]
         self.side = int(np.median(sides or [64]))
@@ -1160,14 +1160,17 @@ class Data:
         self.how = (size, device, memory_gb, workers)
         self.train = self.load("train")
         known = (self.train.labels >= 0).nonzero().squeeze(1)
-        self.labelled = len(known) > 0
         if "val" in self.parts:
             images = self.load("val")
             self.val, self.fit = (images, torch.arange(len(images.labels))), (self.train, known)
         else:
-            index = known if self.labelled else torch.arange(len(self.train.labels))
+            index = known if len(known) else torch.arange(len(self.train.labels))
             kept, tenth = hold_out(self.train.labels[index])
             self.val, self.fit = (self.train, index[tenth]), (self.train, index[kept])
+
+    @property
+    def labelled(self):
+        return bool((self.train.labels >= 0).any())
 
     @functools.cached_property
     def test(self):
@@ -1244,7 +1247,8 @@ def hold_out(labels):
 
 def pad(images, sizes):
     """List of arrays (H, W[, 3]) uint8 -> (N, 3, H, W) of the largest of sizes (N, 2)."""
-    pixels = torch.zeros(len(images), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    shape, pinned = (len(images), 3, *sizes.amax(0).tolist()), torch.cuda.is_available()
+    pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
     for place, image in zip(pixels, images):
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
         place[:, : image.shape[1], : image.shape[2]] = image  # grey: one channel for three
@@ -1292,8 +1296,6 @@ def batches(images, order, size, crops, device, workers=0, seed=None, first=0):
         on_device = order.to(device).split(size)  # at once: copying to a GPU makes it wait
         items = ((images.pixels[i], images.sizes[i], j) for i, j in zip(on_device, chunks))
     for i, (x, sizes, index) in enumerate(items):
-        if images.files and device.type == "cuda":
-            x, sizes = x.pin_memory(), sizes.pin_memory()
         x = x.to(device, non_blocking=True).float() / 255
         sizes = sizes.to(device, non_blocking=True)
         if seed is not None:

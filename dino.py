@@ -355,7 +355,7 @@ def train(args, run):
     # -- model: net is g_s, the student; net_ema is g_t, the teacher, which is evaluated and kept
     net = build(args, args.drop_path)
     net_ema = build(args)
-    common.load_weights(net, args, branch=args.branch, adapt=fit_positions)  # of --init or --eval
+    common.load_weights(net, args, "net_ema", args.branch, adapt=fit_positions)  # of --init
     net_ema.load_state_dict(net.state_dict())  # g_t = g_s
     net = run.place(net)
     net_ema = run.place(net_ema)

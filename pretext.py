@@ -648,7 +648,7 @@ def features(net, x, args):
 
 
 def cross_entropy(logits, y):
-    """Of the true class (RotNet, equation 3; the same in patch and jigsaw), its mean over i:
+    """Of the true class (RotNet's paper, equation 3; patch and jigsaw alike), its mean over i:
 
         L = -1/n sum_i log( exp(l_i,y_i) / sum_c exp(l_ic) )
 

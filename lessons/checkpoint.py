@@ -38,6 +38,8 @@ def backbone(path):
     found = common.read_checkpoint(path)
     if "method" not in found.get("meta", {}):
         common.fail(f"{path} has to be the backbone.pt of a run")
+    if found["meta"].get("task") in ("splitbrain", "cpc"):
+        common.fail(f"{path} takes halves or tiles of an image, not an image")
     net = untrained(found["meta"], seed=0)
     net.backbone.load_state_dict(found["state_dict"])
     return net, found["meta"]
@@ -68,6 +70,7 @@ def load(method, own, options):
         for name in ["dataset", "limit", "seed", *open_options]:
             setattr(args, name, made.get(name))
     args.dataset = own.dataset or args.dataset
+    Path(own.out).mkdir(parents=True, exist_ok=True)
     if args.arch and not args.arch.startswith("vit"):
         common.fail(f"{own.checkpoint} holds a {args.arch}, which has no tokens of patches")
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +100,9 @@ def images(own, size, data, run):
         x, labels, masks, _ = common.shapes(own.images, size, seed=2)  # training: 0, test: 1
         return x / 255, labels, masks
     data.read(size, *data.how[1:])
-    part = data.val if data.labelled else (data.train, torch.arange(len(data.train.labels)))
+    part = data.val
+    if not data.labelled:
+        part = data.train, torch.arange(len(data.train.labels))
     crop = [common.Crop(size, scale=1.0)]
     x, labels = common.embed(lambda views: views, part, crop, run, own.images)
     return x.cpu(), labels.cpu(), None
@@ -126,7 +131,8 @@ def table(path, keys, rows):
         lines.append(["" if cell == "nan" else cell for cell in cells])
     common.write(path, "".join(",".join(line) + "\n" for line in lines))
     for name, *cells in lines:
-        print(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells))
+        columns = [f"{cell:>18}" for cell in cells]
+        print(f"{name:24}" + "".join(columns))
 
 
 def lit(images, masks):

@@ -7,11 +7,12 @@ row is run with several seeds, and a difference counts where it is two standard 
 3 seeds about two of the 20 differences do so even if no change does anything.
 
 The changes add up as on the slide: every row is dinov2.py with the options of the row above and one
-more change, below in ROWS. No gamma at all cannot be had there, the nearest to none is to start
-with LayerScale at 1. That of shapes is 0.1, which is for networks of up to 18 blocks (Touvron et
-al. 2021, 1e-5 for 24). Patches from 16 to 14 are half as many again; on 48 pixels those from 12 to
-8 are 36 in place of 16, with no border left over in any view, at 1.6 times the cost. The batch gets
-larger at the same number of epochs: there are fewer steps, lr grows by the root of the ratio.
+more change, below in ROWS. The first row has no stochastic depth (iBOT's recipe: 0.1), as the
+second adds it. No gamma at all cannot be had there, the nearest to none is to start with LayerScale
+at 1. That of shapes is 0.1, which is for networks of up to 18 blocks (Touvron et al. 2021, 1e-5 for
+24). Patches of 14 pixels are a third more than those of 16; on 48 pixels there are 36 of 8 in place
+of 16 of 12, with no border left over in any view, at 1.6 times the cost. The batch gets larger at
+the same number of epochs: there are fewer steps, lr grows by the root of the ratio.
 
 On `shapes`, 3 epochs and 3 seeds, one row is beyond the noise in both figures: KoLeo, with +10.1 in
 k-NN (standard error 3.9) and +4.8 in linear (2.0), the largest difference of k-NN on the slide, too
@@ -30,17 +31,16 @@ finished in parts. Writes lessons/dinov2_table.csv, a line per run, and lessons/
 All figures but the slide's are of the validation images, never of the test set.
 """
 
-import argparse
 import json
 import math
 import statistics
 import sys
 from pathlib import Path
-from unittest import mock
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
 import dinov2
+from lessons import shared
 
 # Values for shapes, for images of up to 64 pixels, and the paper's, or one for all. What the paper
 # does not say is of the released recipes: iBOT's before a change, and of the warm-ups (10 and 30
@@ -66,7 +66,7 @@ ROWS = {  # -> {option: values}, k-NN and linear top-1 of the slide
     "+ Sinkhorn-Knopp": ({"centering": "sinkhorn"}, 81.7, 84.7),
     "+ untied heads = DINOv2": ({"tied_heads": False}, 82.0, 84.5),
 }
-TOP1 = {"knn_top1": "k-NN", "linear_top1": "linear"}
+TOP1 = ("knn_top1", "linear_top1")
 FREE = "out resume device data_dir workers memory_limit".split()  # may change between the parts
 
 
@@ -78,33 +78,41 @@ def column(table, values):
 
 def options(values):
     """Row -> {option: value}, those of the rows above with it."""
-    held = {}
-    return {row: (held := held | column(change, values)) for row, (change, *_) in ROWS.items()}
+    chosen, table = {}, {}
+    for row, (change, *_) in ROWS.items():
+        chosen = chosen | column(change, values)
+        table[row] = chosen
+    return table
 
 
 def flags(chosen):
     """{option: value} -> command line."""
-    pairs = [(k.replace("_", "-"), v) for k, v in chosen.items()]
-    return [word for k, v in pairs for word in (
-        [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", str(v)])]
+    words = []
+    for k, v in chosen.items():
+        words.append(("--no-" if v is False else "--") + k.replace("_", "-"))
+        if not isinstance(v, bool):
+            words.append(str(v))
+    return words
 
 
-def run(folder, argv):
-    """The results of dinov2.py with these options, from this folder if they are there."""
-    asked = {k: v for k, v in vars(dinov2.options(argv)).items() if k not in FREE}
+def results_of(folder, argv):
+    """The results of dinov2.py with these options, on validation images; from this folder if they
+    are there."""
+    args = common.options("dinov2", __doc__, dinov2.OPTIONS, [*argv, "--out", str(folder)])
+    asked = {k: v for k, v in vars(args).items() if k not in FREE}
     results, last, note = (folder / f for f in ("results.json", "last.pt", "asked.json"))
-    if results.exists() or last.exists():
-        if not note.exists() or json.loads(note.read_text()) != asked:
-            common.fail(f"{folder} holds a run with other options, give another --runs")
-        if results.exists():
-            print(f"{folder} is finished")
-            return json.loads(results.read_text())
-        argv = [*argv, "--resume"]
-    folder.mkdir(parents=True, exist_ok=True)
-    common.write(note, json.dumps(asked))
-    # In place of the report on test images: the evaluation on validation images.
-    with mock.patch.object(dinov2, "report", dinov2.evaluate):
-        return dinov2.main([*argv, "--out", str(folder)])
+    args.resume = last.exists()
+    if args.resume and (not note.exists() or json.loads(note.read_text()) != asked):
+        common.fail(f"{folder} holds a run with other options, give another --runs")
+    if results.exists():
+        return json.loads(results.read_text())
+    if not args.resume:  # a run that was killed before its first checkpoint leaves its folder
+        (folder / "args.json").unlink(missing_ok=True)
+    with common.Run(args) as run:
+        common.write(run.folder / "asked.json", json.dumps(asked))
+        net, data = dinov2.train(args, run)
+        found = dinov2.evaluate(net, data, args, run)
+        return run.finish(net.backbone, found, dinov2.MEAN, dinov2.STD, dinov2.loading(args))
 
 
 def difference(now, above):
@@ -116,73 +124,59 @@ def difference(now, above):
     return change, error, "within noise" if abs(change) < 2 * error or change == 0 else ""
 
 
-def figure(path, table, epochs):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("matplotlib is not installed: no picture")
-    whole = Figure(figsize=(11, 5), layout="constrained")
+def draw(whole, means, epochs):
+    """means: a row for each of ROWS."""
     left, right = whole.subplots(1, 2)
-    for i, (key, label) in enumerate(TOP1.items()):
-        own = [columns[key] for columns in table.values()]
-        means, deviations = zip(*((statistics.mean(v), statistics.pstdev(v) and statistics.stdev(v))
-                                  for v in own))
-        left.errorbar(range(len(table)), means, deviations, fmt="o-", capsize=3, label=label)
-        right.plot([ROWS[row][1 + i] for row in table], "o-", label=label)
+    for i, key in enumerate(TOP1, 1):
+        top1, deviations = ([mean[k] for mean in means] for k in (key, f"{key}_sd"))
+        left.errorbar([*ROWS], top1, deviations, fmt="o-", capsize=3, label=key)
+        right.plot([*ROWS], [row[i] for row in ROWS.values()], "o-", label=key)
     left.set_title(f"here, validation top-1 in %, after {epochs} epochs")
     right.set_title("slide, ImageNet top-1 in %, ViT-L")
+    right.legend()
     for ax in (left, right):
-        ax.set_xticks(range(len(table)), [*table], rotation=45, ha="right", fontsize=8)
-        ax.legend(fontsize=8)
-    whole.savefig(path)
+        ax.tick_params("x", rotation=90)
 
 
 def show(table):
-    """Print the means and their deviations, the differences and their errors, the slide's."""
-    print("\nvalidation top-1, %, mean ± deviation over seeds, difference to the row above ± its "
-          "standard error\n" + " " * 33 + "".join(
-              f"{label:>13}   difference {'':15}slide" for label in TOP1.values()) + "   seconds")
-    above = None
-    for row, columns in table.items():
-        line = f"{row:33}"
-        for i, key in enumerate(TOP1, 1):
-            own = columns[key]
-            deviation = f"±{statistics.stdev(own):4.1f}" if len(own) > 1 else ""
-            line += f"{statistics.mean(own):8.1f}{deviation:5}"
-            change, error, word = difference(own, table[above][key]) if above else (0, 0, "")
-            said = f"{change:+7.1f} ±{error:4.1f} {word:13}".replace("± nan", "     ")
-            line += said + f"{ROWS[row][i] - ROWS[above][i]:+6.1f}" if above else " " * 33
-        print(f"{line}{statistics.mean(columns['seconds']):10.0f}")
-        above = row
+    """Print the means over seeds; differences to the row above, their standard errors and those of
+    the slide."""
+    for i, key in enumerate(TOP1, 1):
+        print(f"\n{key} of validation images, its change, that of the slide")
+        above = next(iter(table))
+        for row, columns in table.items():
+            change, error, word = difference(columns[key], table[above][key])
+            slide = ROWS[row][i] - ROWS[above][i]
+            mean = statistics.mean(columns[key])
+            print(f"{row:34}{mean:5.1f} {change:+7.1f} ± {error:3.1f} {word:13}{slide:+5.1f}")
+            above = row
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = common.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--values", choices=VALUES, help="of the rows (shapes, other data: small)")
-    p.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
+    p.add_argument("--seeds", **common.FROM_1, default=3, help="number of seeds (3)")
     p.add_argument("--runs", default="runs/lessons/dinov2_table", help="folder of the runs")
-    p.add_argument("--out", default=str(Path(__file__).parent), help="folder of CSV and PNG")
-    args, others = p.parse_known_args(argv)
-    shapes = dinov2.options(others).dataset == "shapes"
-    values = args.values or ("shapes" if shapes else "small")
-    base = [*flags(column(BASE, values)), "--eval-every", "0"]
-    lines, table = [], {row: {k: [] for k in (*TOP1, "seconds")} for row in ROWS}
-    for seed in range(args.seeds):
+    p.add_argument("--out", default=Path(__file__).parent, help="folder of CSV and PNG")
+    own, others = p.parse_known_args(argv)
+    args = common.options("dinov2", __doc__, dinov2.OPTIONS, others)
+    values = own.values or ("shapes" if args.dataset == common.BUILT_IN else "small")
+    base = [*flags(column(BASE, values)), "--eval-every", "0", *others]
+    rows = []
+    for seed in range(own.seeds):
         for number, (row, chosen) in enumerate(options(values).items()):
-            print(f"\n{row}, seed {seed}")
-            found = run(Path(args.runs) / f"{number}-s{seed}",
-                        [*base, *others, *flags(chosen), "--seed", str(seed)])
+            found = results_of(Path(own.runs) / f"{number}-s{seed}",
+                               [*base, *flags(chosen), "--seed", str(seed)])
             if "linear_top1" not in found:
                 common.fail("these images have no labels, there is nothing to probe for")
-            found |= {"row": row, "seconds": found["train_seconds"]}
-            for key, runs in table[row].items():
-                runs.append(found[key])
-            lines.append({k: found[k] for k in (
-                "row", "seed", "epochs", *chosen, *table[row], "rank_h", "spread")})
-    text = [[*lines[0]]] + [[f"{v:.5g}" if isinstance(v, float) else str(v) for v in line.values()]
-                            for line in lines]
-    common.write(f"{args.out}/dinov2_table.csv", "".join(",".join(line) + "\n" for line in text))
-    figure(f"{args.out}/dinov2_table.png", table, lines[0]["epochs"])
+            rows.append(found | {"row": row, "seconds": found["train_seconds"]})
+    keys = ["row", "seed", "epochs", *chosen, *TOP1, "seconds", "rank_h", "spread"]
+    shared.write_csv(f"{own.out}/dinov2_table.csv", rows, keys)
+    means = shared.over_seeds(rows, ["row"], TOP1)
+    shared.figure(f"{own.out}/dinov2_table.png", (11, 5), draw, means, found["epochs"])
+    table = {}
+    for row in ROWS:
+        table[row] = {key: [r[key] for r in rows if r["row"] == row] for key in TOP1}
     show(table)
     return table
 

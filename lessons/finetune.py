@@ -154,6 +154,7 @@ def main(argv=None):
                           ["--image-size", str(meta["image_size"]), *options])
     vars(args).update(vars(own) | {"out": own.runs})
     args.dataset = own.dataset or meta["dataset"]
+    Path(own.out).mkdir(parents=True, exist_ok=True)
     rows = []
     with common.Run(args) as run:
         data = common.load_data(args, simclr.OPTIONS, run)

@@ -34,6 +34,8 @@ def train(method, own, name, seed, options, kind=common.Run):
         net, data = method.train(args, run)
         if "verdict" not in run.rows[-1]:
             method.evaluate(net, data, args, run)
+    if "spread" not in run.rows[-1]:
+        common.fail(f"nothing to show, {name}: {run.rows[-1]['verdict']}")
     return net, data, run
 
 

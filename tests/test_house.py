@@ -111,7 +111,7 @@ def losses(source, tests):
     for node in ast.parse(section[section.index("Loss") + 1]).body:
         if isinstance(node, DEFINITIONS):
             doc = ast.get_docstring(node) or ""
-            if not re.search(r"paper|slide|equation", doc, re.I) or "Test: test_" not in doc:
+            if not re.search(r"paper|slide|et al", doc, re.I) or "Test: test_" not in doc:
                 wrong.append(f"{node.name} names no source or no test")
             if len(code_lines(ast.unparse(node))) > 26:
                 wrong.append(f"{node.name} is long")
