@@ -106,11 +106,12 @@ def test_tables(tmp_path, capsys):
         ["x,", "y", "2.5", "±", "2.1"], ["z", "5"]]
 
 
-def test_a_lesson_trains(tmp_path, capsys):
-    argv = [*TINY, "--eval", "last.pt", "--runs", str(tmp_path)]
-    assert "--eval" in refused("head", capsys, *argv)
-    argv = [*TINY, "--limit", "20", "--batch-size", "20", "--runs", str(tmp_path)]
-    assert "too few" in refused("head", capsys, *argv)
+def test_what_a_lesson_cannot_use(tmp_path, capsys):
+    argv = [*TINY, *"--batch-size 8 --arch resnet10 --stem 7x7 --runs".split(), tmp_path / "runs"]
+    assert "--eval" in refused("head", capsys, *argv, "--eval", "last.pt")
+    folder = folder_of(40, tmp_path / "images")
+    assert "no labels" in refused("head", capsys, *argv, "--dataset", folder)
+    assert "too few" in refused("head", capsys, *argv, "--dataset", folder, "--limit", 20)
 
 
 def test_dinov2_table(tmp_path, monkeypatch, capsys):

@@ -721,23 +721,25 @@ def test_a_small_batch_is_warned_of(capsys):
 
 
 def test_weights_of_others(tmp_path, capsys):
-    """torchvision's ResNet; a last.pt of another task: the backbone; not where it is built
-    otherwise."""
-    args = completed(pretext, ["--task", "patch", "--arch", "resnet18"])
-    args.init, net = tmp_path / "file.pt", pretext.build(args)
+    """torchvision's ResNet and the backbone of another task fit; its last.pt and an f that is built
+    otherwise do not."""
+    def load(task, weights):
+        args = completed(pretext, ["--task", task, "--arch", "resnet18"])
+        args.init, net = tmp_path / "file.pt", pretext.build(args)
+        torch.save(weights, args.init)
+        common.load_weights(net, args)
+        return net.backbone.state_dict()
+
     official = torchvision.models.resnet18().state_dict()
-    torch.save(official, args.init)
-    common.load_weights(net, args)
-    assert all(torch.equal(v, official[k]) for k, v in net.backbone.state_dict().items())
+    assert all(torch.equal(v, official[k]) for k, v in load("patch", official).items())
     other = pretext.build(completed(pretext, ["--arch", "resnet18", "--seed", 1]))
-    torch.save({"method": "pretext", "state": {"net": other.state_dict()}}, args.init)
-    common.load_weights(net, args)
-    assert same(net.backbone.state_dict(), other.backbone.state_dict())
+    weights = other.backbone.state_dict()
+    assert same(load("patch", {"state_dict": weights}), weights)
     assert capsys.readouterr().out.count("the head stays random") == 2
-    for task in ("splitbrain", "cpc"):
-        args.task = task
+    run = {"method": "pretext", "state": {"net": other.state_dict()}}
+    for task, file in (("patch", run), ("splitbrain", official), ("cpc", official)):
         with pytest.raises(SystemExit):
-            common.load_weights(pretext.build(args), args)
+            load(task, file)
         assert "another network" in capsys.readouterr().err
 
 
