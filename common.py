@@ -70,7 +70,7 @@ def write(path, content):
             content(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
-        if part.exists():
+        if os.path.exists(part):
             part.unlink()
         fail(f"{path} cannot be written: {error}".split("\n")[0])
 
@@ -599,6 +599,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     weights = {rename(k, renames): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     if not any(k.startswith("backbone.") for k in weights):
         weights = {f"backbone.{k}": v for k, v in weights.items()}
+    if adapt:
+        weights = adapt(weights, net)
     own = net.state_dict()
     classifier = ("backbone.fc.", "backbone.head.")
     weights = {k: v for k, v in weights.items() if k in own or not k.startswith(classifier)}
@@ -607,8 +609,6 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
         print("the head stays random: z means nothing before training")
         weights = {k: v for k, v in weights.items() if k.startswith("backbone.")}
         own = {k: v for k, v in own.items() if k.startswith("backbone.")}
-    if adapt:
-        weights = adapt(weights, net)
     fits = [k for k, v in weights.items() if k in own and v.shape == own[k].shape]
     extra = [k for k in weights if k not in fits]
     missing = [k for k in own if k not in weights and "num_batches" not in k]  # not in old files

@@ -594,9 +594,8 @@ class View(nn.Module):
         self.backbone = f
         self.to_z = two_layers(f.dim, 512, 128)
         self.random_net = nn.Sequential(
-            copy.deepcopy(f),
-            nn.Linear(f.dim, 128, bias=False),
-            nn.BatchNorm1d(128, affine=False)).requires_grad_(False)
+            copy.deepcopy(f), nn.Linear(f.dim, 128, bias=False), nn.BatchNorm1d(128, affine=False))
+        self.random_net.requires_grad_(False)
         self.fixed = "fixed" not in args.without
         self.chance = {"loss": 2.0}
 
@@ -764,10 +763,10 @@ def show_task(net, data, args, run):
         x = torch.cat(augment(views, args))
         inputs, _ = net.input_and_target(x)
         answer = net(inputs)
-        if inputs.shape[-1] < args.image_size:  # tiles, perhaps standardised: as one picture
-            parts = inputs.unflatten(0, (len(x), -1)) * 0.2 + 0.5  # (M, T, 3, s, s)
+        if inputs.shape[-1] < args.image_size:  # tiles: as one picture
             inputs = torch.stack([
-                make_grid(t, math.isqrt(len(t)), padding=1, pad_value=1.0) for t in parts])
+                make_grid(t, math.isqrt(len(t)), padding=1, normalize=True, pad_value=1.0)
+                for t in inputs.unflatten(0, (len(x), -1))])  # (T, 3, s, s) each
         pictures = [x, *inputs[:, :3].split(len(x))]
         if answer.shape == x.shape:
             pictures.append(answer)
