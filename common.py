@@ -253,7 +253,7 @@ class Run:
         With --resume: the last of them whose run was interrupted.
         """
         folders = [Path(out), *(Path(f"{Path(out)}-{n}") for n in range(2, 10_000))]
-        free = next(i for i, f in enumerate(folders) if not (f / "args.json").exists())
+        free = next(i for i, f in enumerate(folders) if not os.path.exists(f / "args.json"))
         claimed = [None]
         if main_process() and self.args.resume:
             begun = [f for f in folders[:free] if (f / "last.pt").exists()]
@@ -524,7 +524,7 @@ def claim(folder):
         open(folder / "args.json", "x").close()  # fails where the file exists
         return True
     except OSError as error:
-        if not (folder / "args.json").exists():
+        if not os.path.exists(folder / "args.json"):
             fail(f"--out {printable(folder)}: no folder can be made there ({error.strerror})")
     return False
 
@@ -589,7 +589,7 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     if not path:
         return
     weights = read_checkpoint(path)
-    is_run = {"method", "state"} <= weights.keys()
+    is_run = "method" in weights and isinstance(weights.get("state"), dict)
     if is_run and weights["method"] != args.method:
         fail(f"{path} is a run of {weights['method']}: give its backbone.pt")
     if is_run:
@@ -621,7 +621,7 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
 
 def rename(name, renames):
     """Without the prefixes of wrappers, and changed by renames, in their order."""
-    name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+    name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
@@ -1149,9 +1149,10 @@ class Data:
         files, labels = self.parts["train"]
         kept, tenth = hold_out(labels)
         self.parts["train"] = [files[i] for i in kept], labels[kept]
-        return [files[i] for i in tenth], labels[tenth]
+        return [files[i] for i in tenth] or fail("too few images to hold some out"), labels[tenth]
 
     def _add(self, split, items, labels):
+        items = items or fail(f"no images of the classes for the {split} split")
         keep = shuffle(len(items))[: self.limit] if self.limit else range(len(items))
         self.parts[split] = [items[i] for i in keep], labels[keep]
 
@@ -1197,9 +1198,8 @@ class Data:
                 return Images(labels, files=[*files], shorter=3 * size)
             report_broken({f: x for f, x in zip(files, items) if isinstance(x, str)})
             good = [i for i, x in enumerate(items) if not isinstance(x, str)]
+            good = good or fail(f"none of the {len(files)} {split} images can be read")
             items, labels = [items[i] for i in good], labels[good]
-            if not good:
-                fail(f"none of the {len(files)} {split} images can be read")
         sizes = torch.tensor([image.shape[:2] for image in items])
         return Images(labels, pad(items, sizes).to(device), sizes.to(device))
 

@@ -242,15 +242,6 @@ def test_resume_takes_the_newest_run_that_was_interrupted(tmp_path, capsys):
     assert "no interrupted run" in fails(resumed, capsys)
 
 
-def test_a_folder_that_was_freed_hides_no_other(tmp_path):
-    # not yet so: _claim stops at the first folder without args.json
-    for name in ("a", "a-2", "a-3"):
-        (tmp_path / name).mkdir()
-        for file in ("args.json", "last.pt") if name != "a-2" else ():
-            (tmp_path / name / file).touch()
-    assert opened("--resume", "--out", tmp_path / "a").folder.name == "a-3"
-
-
 def test_processes_and_devices(monkeypatch, tmp_path, capsys):
     for amp, dtype in (("auto", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         assert opened("--amp", amp, "--out", tmp_path / "run").dtype == dtype
@@ -389,7 +380,7 @@ def test_a_failed_step_changes_nothing_and_labels_are_not_needed(name, tmp_path)
     changed = {parts[k] for k in parts if not torch.equal(b[k], c[k])}
     assert changed == set(parts.values()) and len(changed) > 1
     assert run.rows[0]["skipped"] == 1 and math.isfinite(run.rows[0]["loss"])
-    data.labelled = False
+    data.train.labels[:] = -1
     with contextlib.redirect_stdout(io.StringIO()):
         results = method(name).evaluate(net, data, run.args, run, test=True)
     assert {"verdict", "rank_h"} <= results.keys()
