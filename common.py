@@ -581,7 +581,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     """Load the file of --init or --eval into net, which has a `backbone` and heads beside it.
 
     Understood: last.pt of the same method, of which it takes `kept` or the student `net`; and
-    backbone.pt, torchvision's, timm's and released weights, with `branch` or a usual name above the tensors.
+    backbone.pt, torchvision's, timm's and released weights, with `branch` or a usual name above
+    the tensors.
     renames: (pattern, replacement) for names of the file; adapt: changes the dict of tensors last.
     Heads that a file of weights alone does not have stay random.
     """
@@ -1149,7 +1150,7 @@ class Data:
         files, labels = self.parts["train"]
         kept, tenth = hold_out(labels)
         self.parts["train"] = [files[i] for i in kept], labels[kept]
-        return [files[i] for i in tenth] or fail("too few images to hold some out"), labels[tenth]
+        return [files[i] for i in tenth] or fail("too few training images"), labels[tenth]
 
     def _add(self, split, items, labels):
         items = items or fail(f"no images of the classes for the {split} split")
