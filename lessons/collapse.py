@@ -84,7 +84,7 @@ def main(argv=None):
     keys = [k for k in KEYS if k in rows[0]]
     shared.write_csv(f"{own.out}/collapse.csv", rows, keys)
     means = shared.over_seeds(rows, ["run", "epoch"], keys[3:-1])
-    width = 4.5 * sum(k in keys for k in PANELS)
+    width = 4.5 * len([k for k in PANELS if k in keys])
     shared.figure(f"{own.out}/collapse.png", (width, 4), draw, means)
     shown = [k for k in ("run", "seed", "loss", "spread", *TOP1, "verdict") if k in keys]
     shared.show([row for row in rows if row["epoch"] == own.epochs], shown)

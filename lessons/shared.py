@@ -92,5 +92,6 @@ def lines(ax, rows, by, x, y):
     """Of column y over column x, one for each value of the column `by`."""
     for value in dict.fromkeys(row[by] for row in rows):
         line = [row for row in rows if row[by] == value]
-        ax.plot([row[x] for row in line], [row[y] for row in line], ".-", label=value, alpha=0.8)
+        places = [row[x] for row in line]
+        ax.plot(places, [row[y] for row in line], ".-", label=value, alpha=0.8)
     ax.set(xlabel=x)
