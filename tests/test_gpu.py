@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import common
 
-N, BATCH = 64, 32  # images, the first half of them also for the probes
+N = 32  # images and batch; the first half of them also for the probes
 
 
 class Waits(TorchDispatchMode):
@@ -116,18 +116,19 @@ def outside(f):
 
 
 def on_a_gpu(name, flags, dtype, folder, **replaced):
-    """A run of two steps and an evaluation -> its results. replaced: functions of the file."""
+    """A step and, where there is no flag, an evaluation. replaced: functions of the file."""
     file, waits, generator = method(name), Waits(), torch.Generator  # of the CPU, not of the GPU
-    argv = f"--device cpu --batch-size {BATCH} --epochs 1 --eval-every 0 --out {folder} {flags}"
+    argv = f"--device cpu --batch-size {N} --epochs 1 --eval-every 0 --out {folder} {flags}"
     # networks and masks are made on the host, where fake tensors have no values to draw
     hosted = [k for k in ("build", "draw_masks", "stratified_masks") if hasattr(file, k)]
     values = {"item": lambda t: 0.5 if t.is_floating_point() else 1, "__int__": lambda t: 9,
-              "__bool__": lambda t: True, "tolist": lambda t: nested(t.shape)}
+              "__float__": lambda t: 0.5, "__bool__": lambda t: True,
+              "tolist": lambda t: nested(t.shape)}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
         run = stack.enter_context(common.Run(options(file, argv.split())))
         run.device, run.dtype, run.every = torch.device("cuda", 0), dtype, 10
         for patch in (
-            mock.patch.multiple(common, Data=Data, picture=nothing, write=nothing),
+            mock.patch.multiple(common, Data=Data, show_views=nothing, write=nothing),
             mock.patch.object(Data, "waits", waits),
             mock.patch.multiple(file, **{k: outside(getattr(file, k)) for k in hosted}, **replaced),
             mock.patch.multiple(torch, _fused_sgd_=fused, _fused_adamw_=fused,
@@ -144,25 +145,26 @@ def on_a_gpu(name, flags, dtype, folder, **replaced):
         ):
             stack.enter_context(patch)
         net, data = file.train(run.args, run)
-        return file.evaluate(net, data, run.args, run, test=True)
+        if not flags:
+            results = file.evaluate(net, data, run.args, run, test=name == "simclr")
+            assert results["linear_top1"] == 50
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("name, flags, half", [(name, flags, half) for name, flags, half in [
-    ("simclr", "--optimizer lars", "bfloat16"), ("moco", "", "float16"), ("byol", "", "bfloat16"),
-    ("dino", "--local-crops 1", "bfloat16"), ("ibot", "--local-crops 1", "float16"),
+    ("simclr", "", "bfloat16"), ("moco", "", "float16"), ("byol", "--optimizer lars", "bfloat16"),
+    ("dino", "", "bfloat16"), ("ibot", "--local-crops 1", "float16"),
     ("dinov2", "--local-crops 1", "bfloat16"),
     ("dinov2", "--local-crops 0 --centering ema", "float16"), ("pretext", "", "bfloat16"),
     *(("pretext", f"--task {k}", "bfloat16") for k in "patch splitbrain inpainting cpc".split()),
 ] if name in METHODS])
 def test_run(name, flags, half, tmp_path):
-    results = on_a_gpu(name, flags, getattr(torch, half), tmp_path / "run")
-    assert results["linear_top1"] == 50
+    on_a_gpu(name, flags, getattr(torch, half), tmp_path / "run")
 
 
 @pytest.mark.parametrize("mistake, error", [
     (lambda s: s * s.max().item(), "reads a value"),
-    (lambda s: s * float(s.mean() > 0), "_local_scalar_dense"),
+    (lambda s: s * float(s.mean() > 0), "reads a value"),
     (lambda s: s[s > 0], "nonzero"),
     (lambda s: s * s.new_tensor([2.0]), "waits for the GPU to copy"),
     (lambda s: s + torch.ones(s.shape[1]), "the same device"),
