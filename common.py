@@ -1081,7 +1081,7 @@ class Images:
                 report_broken({self.files[i]: image})
                 self.files[i] = None
             i = draw.randrange(len(self.files))
-        fail(f"none of the {len(self.files)} image files can be read")
+        return i, f"none of the {len(self.files)} image files can be read"
 
 
 class Data:
@@ -1248,8 +1248,7 @@ def hold_out(labels):
 
 def pad(images, sizes):
     """List of arrays (H, W[, 3]) uint8 -> (N, 3, H, W) of the largest of sizes (N, 2)."""
-    shape, pinned = (len(images), 3, *sizes.amax(0).tolist()), torch.cuda.is_available()
-    pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned)
+    pixels = torch.zeros(len(images), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
     for place, image in zip(pixels, images):
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
         place[:, : image.shape[1], : image.shape[2]] = image  # grey: one channel for three
@@ -1318,6 +1317,7 @@ def stream(images, chunks, workers, ahead=3):
         for n in range(len(chunks)):
             index, arrays = zip(*(future.result() for future in reading.pop(0)))
             reading += [start(chunk) for chunk in chunks[n + ahead : n + ahead + 1]]
+            _ = [fail(reason) for reason in arrays if isinstance(reason, str)]  # no file is left
             sizes = torch.tensor([image.shape[:2] for image in arrays])
             yield pad(arrays, sizes), sizes, torch.tensor(index)
     finally:
