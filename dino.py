@@ -24,13 +24,18 @@ that is kept. In a ViT: P side of a patch, T patches of a view, D = d.
 
 Where this file departs from the paper and the released code:
   - tau_t is scheduled by steps (released code: by epochs). Warm-ups are shares of the run, and the
-    rate ends at 0 (released code: 1e-6). m starts lower on short runs.
-  - Crops are resized bilinearly, with antialiasing (released code: bicubic).
+    rate goes from above 0 to 0 (released code: from 0 to 1e-6). m starts lower on short runs.
+  - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
+    tenth of the view wide (released code: that of Pillow, which is wider).
   - Small images are not blurred. Position embeddings of narrow ViTs start as sines.
   - The built-in set, on a CPU, has a smaller network, and batch norm in the head (an option of the
     released code): without it the teacher became uniform (lessons/dino_collapse.py).
-  - Of the three columns of OPTIONS the last follows the released code, for one GPU, but tau_t and
-    norm_last_layer are of its ViT-S runs over 300 and 800 epochs (its defaults: 0.04, true).
+  - The linear probe is fitted by L-BFGS on class tokens of central crops (paper: by SGD, of random
+    ones; released code: of a ViT-S's last four blocks).
+  - Of the three columns of OPTIONS the last follows the released command for a ViT-S and 100
+    epochs, with half its batch (its help then advises an m of 0.9995, here 0.996), but for tau_t,
+    which is the paper's (there: 0.04 throughout), and norm_last_layer (there: true). The released
+    command for 300 epochs has both.
 
     python dino.py      105 s on 2 CPU cores: 26.4 +- 1.4 % linear, 27.4 +- 0.7 % k-NN (3 seeds);
                         the untrained network has 16.0 and 13.7 %, raw pixels have 29.6 and 48.5 %:
@@ -230,7 +235,7 @@ def build(args, drop_path=0.0):
 
 
 def H(t, s, center, tau_s, tau_t):
-    """Cross-entropy of teacher and student (slide Algorithm 1, H; paper, equation 2), mean over N:
+    """Cross-entropy of teacher and student (H in slide Algorithm 1; paper, equation 2), its mean:
 
         H(t, s) = -sum_k softmax((t - C) / tau_t)_k log softmax(s / tau_s)_k
 

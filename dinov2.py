@@ -44,17 +44,18 @@ Where this file departs from the paper and the released code:
     Neither compares images of two GPUs.
   - A hidden patch weighs 1 / their number in its view, divided by all 2N views, half of which have
     none, as in the released code (paper: the sum). The masks are stratified over the batch of all
-    GPUs (released code: of each).
+    GPUs (released code: of each, with a whole number of patches to hide).
   - Gradients are cut to length 3 for backbone and heads separately, as in the released code.
-  - Schedules go by steps, warm-ups are shares of the run, and the rate ends at 0 (released code:
+  - Warm-ups are shares of the run, and the rate goes from above 0 to 0 (released code: from 0 to
     1e-6). All layers have one rate (released code: 0.2 of it for patch_embed, and 0.9 a layer in
     the recipe of 100 epochs). In short runs m starts lower.
   - Both heads have a bottleneck of 256 (released ViT-L: 384 for class tokens). Without local views
     the class term is the mean over two pairs (released code: 2/3 of it). With --centering ema the
     centre of the patches is that of all GPUs together (released code: a mean of their means).
   - The last --hires-epochs go on with the schedules, and positions are resampled in every step
-    (paper: schedules of their own; no code is released). Sets in memory hold at most four times
-    --image-size; the built-in one is made at --image-size.
+    (paper: 10k iterations more, the schedules compressed into them, at a lower rate; no code is
+    released). Sets in memory hold at most four times --image-size; the built-in one is made at
+    --image-size.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
     tenth of the view wide (released code: 9 pixels).
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines). The linear probe

@@ -24,13 +24,13 @@ tau_s, tau_t, tau_t' temperatures; m momentum. net is g_s, net_ema is g_t, which
 
 Where this file departs from the paper and the released code:
   - Every global view is masked by itself, as in the released code (paper: both views of an image).
-    A view without a mask counts as 0 in L_MIM, as there (paper: an average over masked images).
+    A view without a mask counts as 0 in L_MIM, as there.
   - Class and patch tokens share the head, as in the paper and the released runs (default of the
     released code: only the teacher's do). The length of the last layer's rows is trained, as in
     those runs (default of the released code: fixed).
   - Schedules go by steps, those of tau_t and tau_t' too (released code: by epochs). Warm-ups are
-    shares of the run, and the rate ends at 0 (released code: 1e-6). In short runs m starts lower
-    (paper: 0.996).
+    shares of the run, and the rate goes from above 0 to 0 (released code: from 0 to 1e-6). In short
+    runs m starts lower (released code: 0.996).
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
     tenth of the view wide (released code: that of Pillow, which is wider).
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).

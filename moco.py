@@ -27,8 +27,8 @@ encodes the keys of images that are dealt out at random. Within a process the pa
 that --bn-splits makes do the same.
 
 Where this file departs from the papers and the released code:
-  - The momentum update follows the SGD step, as in Algorithm 1 (released code: it comes before the
-    keys are encoded). The keys are the same, only the last f_k has one update more.
+  - The last f_k has one momentum update more than that of the released code, which makes it before
+    the keys are encoded, not after the SGD step as in Algorithm 1. All keys are the same.
   - Small sets have fewer keys (keys), short runs a smaller m (momentum_k). K need not be a
     multiple of N, as the queue wraps around (released code: it must be).
   - The cosine goes by steps (released code: by epochs).

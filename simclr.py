@@ -18,15 +18,21 @@ Symbols: x1, x2 (N, 3, S, S) in [0, 1]; h (2N, d); z (2N, D), with halves z1 and
 The paper numbers the two views of image k as 2k - 1 and 2k; here they are k and k + N.
 
 Where this file departs from the paper and the released code:
-  - Crops are resized bilinearly, with antialiasing (paper: bicubic).
-  - g has two layers, as in the paper, and batch norm after the first (released code: three layers
-    by default, and batch norm after the last one as well). The last batch norm of a residual block
-    starts at one (released code: at zero).
+  - Crops are resized bilinearly, with antialiasing (released code: bicubic). Where ten random boxes
+    do not fit, the crop is central (released code: where 100 do not, the whole image). Every image
+    is blurred by a deviation of its own, with reflected edges (released code: one a batch, zeros).
+  - g has two layers, as in the paper, batch norm after the first alone and PyTorch's initialisation
+    (released code: three layers by default, batch norm after each, normal with deviation 0.01). The
+    last batch norm of a residual block starts at one (released code: at zero).
   - LARS multiplies by the learning rate after the momentum (released code: before). The two are
-    the same while the rate is constant. SGD, unlike LARS, decays biases and batch norm as well.
+    the same while the rate is constant. SGD, unlike LARS, decays biases and batch norm as well
+    (released code: biases alone).
+  - Warm-up is a share of the run, and its first rate is not 0, as it is in the released code.
   - The loss is the mean over the 2N anchors, as in the paper (released code: twice that).
-  - Small images are trained by SGD with temperature 0.2 (paper: LARS, 0.5). That recipe is our own
-    choice, close to those of solo-learn and lightly for CIFAR-10.
+  - Small images are trained by SGD with temperature 0.2 (released command for CIFAR-10: LARS, 0.5).
+    The choice is ours: rate and weight decay are those of solo-learn's MoCo v2+ for CIFAR-10, the
+    temperature is that of its SimCLR.
+  - The linear probe is a regression on features of central crops (paper: SGD on random crops).
 
     python simclr.py    90 s on 2 CPU cores: 74.0 +- 2.1 % linear, 54.7 +- 3.1 % k-NN (3 seeds);
                         the untrained network has 27.4 and 29.9 %, raw pixels have 29.6 and 48.5 %
