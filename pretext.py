@@ -47,8 +47,8 @@ Where this file departs from the papers:
     deviation 1 (released code of patch: one deviation for all), and no tile is shrunk.
     jigsaw: orders are chosen by their nearest, then by their mean distance.
   - colorization: a list of 261 bins of our own (released: 313), on a grid of at most 16 x 16.
-    splitbrain: soft bins for colours, hard ones for lightness; every convolution has two groups
-    (released code: conv2, conv4 and conv5).
+    splitbrain: soft bins for colours (paper: hard), hard ones for lightness; every convolution has
+    two groups (released code: conv2, conv4 and conv5).
   - inpainting: no adversarial loss and no overlap; one square anywhere (paper: in the middle,
     several squares, or of random shape), filled with the mean colour (123, 117, 104) in RGB
     (released code: the same three numbers in the order 117, 104, 123). denoising: one network
@@ -279,7 +279,7 @@ def guarded_tiles(x, gap, jitter, without):
 
 def drop_colors(x, p):
     """With probability p all channels of an image are one of them, drawn at random: chromatic
-    aberration shows only between channels (Doersch et al., Section 3.1)."""
+    aberration shows only between channels (Doersch et al., on trivial solutions)."""
     channel = torch.randint(3, (len(x), 1, 1, 1), device=x.device)
     return torch.where(common.coin(x, p), x.take_along_dim(channel, 1), x)
 
@@ -323,7 +323,7 @@ class Patch(nn.Module):
 
 @functools.cache
 def jigsaw_permutations(n, seed):
-    """(n, 9): permutations far from each other in Hamming distance (Noroozi & Favaro, Algorithm 1).
+    """(n, 9): permutations far from each other in Hamming distance (after Noroozi & Favaro).
 
     After a random one always that whose nearest is furthest, and of those the one furthest on
     average. By the mean alone, as in the paper, two of 100 have a distance of 3, here 6, while the
@@ -395,7 +395,7 @@ class Denoising(nn.Sequential):
 
 def hole(x, anywhere=True):
     """(M, 1, S, S) bool, true in a square of half the side, a quarter of the image, anywhere or in
-    the middle (Pathak et al., Section 3.3)."""
+    the middle (Pathak et al., Section 3.3, "Region masks")."""
     S = x.shape[-1]
     start = torch.randint(S - S // 2 + 1, (len(x), 2, 1, 1), device=x.device)  # row, column
     if not anywhere:
@@ -691,7 +691,7 @@ def rebalance(p, mix=0.5):
 
 
 def masked_l2(answer, x, mask):
-    """Squared error where mask is true (Pathak et al. 2016, equation 1), its mean:
+    """Squared error where mask is true (Pathak et al. 2016, the reconstruction loss), its mean:
 
         L = | mask * (x - answer) |^2 / (3 * number of masked pixels)
 

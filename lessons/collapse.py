@@ -2,8 +2,8 @@
 
 Slides: "How does BYOL work?" (predictor, moving average); "What's special about BYOL?": no
 negatives, though the same vector for all images is a perfect solution. Papers: BYOL, Section 5 (m =
-0 collapses, as does no predictor) and the appendix on a near-optimal predictor (m = 0 works where
-the predictor learns faster); SimSiam (Chen & He 2020, arXiv 2011.10566), Section 4 (predictor and
+0 collapses, as does no predictor) and Appendix I on a near-optimal predictor (m = 0 works where the
+predictor learns faster); SimSiam (Chen & He 2020, arXiv 2011.10566), Section 4 (predictor and
 stop-gradient are needed, the moving average is not).
 
 On `shapes` (2,000 images, 6 epochs, one seed): without predictor or without stop-gradient z is

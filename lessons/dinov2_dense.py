@@ -1,9 +1,9 @@
 """Object and depth read off frozen patch tokens by one linear layer (DINOv2).
 
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", results. Paper: Section 7.4,
-"Dense recognition": semantic segmentation (Table 10, "lin.") and monocular depth (Table 11, "lin.
-1"): the backbone stays as it is, a linear layer maps each patch token to a class or to a depth, and
-its coarse map is enlarged to pixels.
+"Dense recognition tasks": semantic segmentation (Table 10, "lin.") and monocular depth (Table 11,
+"lin. 1"): the backbone stays as it is, a linear layer maps each patch token to a class or to a
+depth, and its coarse map is enlarged to pixels.
 
 No label and no depth was ever shown to the network. What a single linear layer finds in a token was
 there before, laid out plainly; the same layer on the untrained network and on the raw pixels of the

@@ -3,7 +3,7 @@
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", the coloured patches. Paper:
 Figure 1 (the first principal components of the patch tokens, over images of a category), Figure 10
 (patches matched between two images; there by Euclidean distance as an assignment, thinned out, here
-every patch to the nearest by cosine), Section 7.3 (retrieval by class token).
+every patch to the nearest by cosine), Section 7.3 (retrieval by cosine, here of class tokens).
 
 Nobody told the patches apart. If what varies most separates object from background, and what varies
 next gives the same part of two objects the same colour, the network has found parts by itself.

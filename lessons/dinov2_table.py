@@ -47,7 +47,7 @@ from lessons import shared
 # epochs of 800) DINOv2's after it (80 and 30 of 500).
 VALUES = ("shapes", "small", "paper")
 BASE = {"image_size": (48, 32, 224), "local_size": (24, 16, 98)}  # of all rows
-ROWS = {  # -> {option: values}, k-NN and linear top-1 of the slide
+ROWS = {  # -> {option: values}, the slide's k-NN and linear top-1
     "iBOT reproduced": ({
         "layer_scale": 1.0, "drop_path": 0.0, "out_dim": (128, 1024, 8192), "koleo": 0.0,
         "ffn": "mlp", "patch_size": (12, 8, 16), "m": (0.99, 0.996, 0.996),

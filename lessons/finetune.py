@@ -1,9 +1,9 @@
 """Few labels: fine-tuning a self-supervised backbone with all, 10 % and 1 % of the labels.
 
 Slides: "self-supervised learning lets us pre-train models to extract general, reusable
-representations, reducing the need for labeled data later". Paper: SimCLR, Table 7 and B.5 (semi-
-supervised); BYOL, Table 2. Any backbone.pt of this project will do, but for the halves and tiles of
-pretext.py's splitbrain and cpc. Of a ViT the class token is used.
+representations, reducing the need for labeled data later". Paper: SimCLR, Table 7 and Appendix B.5
+(semi-supervised); BYOL, Table 2. Any backbone.pt of this project will do, but for the halves and
+tiles of pretext.py's splitbrain and cpc. Of a ViT the class token is used.
 
 Three columns, from the same labels and tested on the same images:
   fine-tuned   the whole network, started from the backbone

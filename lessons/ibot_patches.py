@@ -1,9 +1,9 @@
 """Hidden blocks, and parts that find each other: what patch tokens are taught and learn (iBOT).
 
 Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iBOT)", the masked
-student. Paper, Appendix G.3: part-level correspondences: of the patch tokens of two views of an
-image, or of two images of a class, those that are each other's nearest by cosine. Shown and counted
-are the twelve with the highest cosine (paper: those with the most self-attention).
+student. Paper, Appendix G.3, "Sparse correspondence": patch tokens of two views of an image, or of
+two images of a class, are matched. Here those are that are each other's nearest by cosine; shown
+and counted are the twelve with the highest cosine (paper: with the highest self-attention).
 
 A single hidden patch can be guessed from its neighbours; of a hidden block one has to know what it
 is part of. So a token is drawn to say which part of what it shows, and the same part elsewhere is

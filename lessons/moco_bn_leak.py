@@ -1,7 +1,7 @@
 """Why MoCo shuffles batch norm: with shared statistics the network cheats (MoCo).
 
 Slides: "Momentum Contrast (MoCo)" (the pretext task). Paper: v1, Section 3.3, "Shuffling BN", and
-the appendix: without it the pretext accuracy rises to over 99.9 % in training and the k-NN top-1 on
+Appendix A.9: without it the pretext accuracy rises to over 99.9 % in training and the k-NN top-1 on
 validation images falls.
 
 If query and key of an image were normalised in the same batch, its statistics tell them from the

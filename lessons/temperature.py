@@ -1,7 +1,7 @@
 """How batch size and temperature shape the spread of learned embeddings (SimCLR).
 
-Slides: "you will be able to: derive and visualize how batch size and temperature (tau) shape the
-spread of learned embeddings", and "What did we learn from SimCLR?": it needs large batches. Paper:
+Slides: "derive and visualize how batch size and temperature (tau) shape the spread of learned
+embeddings", and "What did we learn from SimCLR?": it needs large batches. Paper:
 Table 5 (temperature), Figure 9 (batch size); Wang & Isola 2020 (alignment and uniformity).
 
 With a small tau the softmax is over the hardest negatives, and small differences count. Trained to
