@@ -42,12 +42,13 @@ Where this file departs from the paper and the released code:
 """
 
 import functools
+import inspect
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+import torchvision
 
 import common
 from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
@@ -56,12 +57,7 @@ from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
 # Options
 # ==================================================================================================
 
-ARCHS = {
-    "resnet10": (BasicBlock, [1, 1, 1, 1]),
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-}
+NETS = one_of(["convnet", "resnet18", "resnet34", "resnet50"])
 TWO_SHARES = SHARE | {"nargs": 2}
 
 
@@ -75,7 +71,7 @@ def m_start(args, n):
 # common.py adds --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option               built-in    to 64 px    larger      allowed     meaning
-    "arch":               ("resnet10", "resnet18", "resnet50", one_of(ARCHS), "encoder f"),
+    "arch":               ("convnet",  "resnet18", "resnet50", NETS,          "encoder f"),
     "stem":               ("7x7",      "3x3",      "7x7",      "3x3|7x7",  "3x3: no max-pool"),
     "hidden":             (512,        1024,       4096,       FROM_1,     "width in g and q"),
     "dim":                (128,        256,        256,        FROM_1,     "D, width of z, p"),
@@ -86,7 +82,7 @@ OPTIONS = {  # fmt: skip
     "min_scale":          (0.5,        0.08,       0.08,       SHARE,      "least area of a crop"),
     "blur":               ((0.0, 0.0), (0.0, 0.0), (1.0, 0.1), TWO_SHARES, "in x1 and x2"),
     "solarize":           (0.0,        0.2,        0.2,        SHARE,      "in x2"),
-    "epochs":             (10,         200,        100,        FROM_1,     "(paper: 300, 1000)"),
+    "epochs":             (24,         200,        100,        FROM_1,     "(paper: 300, 1000)"),
     "batch_size":         (64,         512,        256,        FROM_2,     "N (paper: 4096)"),
     "optimizer":          ("sgd",      "sgd",      "lars",     "sgd|lars", "(paper: lars)"),
     "lr":                 (0.2,        0.12,       0.45,       POSITIVE,   "peak, times N / 256"),
@@ -130,9 +126,19 @@ def augment(views, args):
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
 
 
-def resnet(arch, stem, norm_layer=nn.BatchNorm2d):
-    """torchvision's ResNet without its classifier: (N, 3, S, S) -> (N, d)."""
-    net = ResNet(*ARCHS[arch], norm_layer=norm_layer)
+def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
+    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for the built-in
+    set, four convolutions."""
+    if arch == "convnet":
+        layers, inputs = [], 3
+        for outputs, stride in ((24, 2), (48, 2), (96, 2), (96, 1)):
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            layers += [conv, norm_layer(outputs), nn.ReLU()]
+            inputs = outputs
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        net.dim = outputs
+        return net
+    net = torchvision.models.get_model(arch, norm_layer=norm_layer)
     net.dim, net.fc = net.fc.in_features, nn.Identity()
     if stem == "3x3":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -155,7 +161,7 @@ class BYOL(nn.Module):
 
     def __init__(self, arch="resnet50", stem="7x7", hidden=4096, dim=256, predictor=True):
         super().__init__()
-        self.backbone = resnet(arch, stem)
+        self.backbone = encoder(arch, stem)
         self.projector = mlp(self.backbone.dim, hidden, dim)
         self.predictor = mlp(dim, hidden, dim) if predictor else nn.Identity()
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
@@ -416,12 +422,8 @@ def evaluate(net, data, args, run, test=False):
 
 def loading(args):
     """Python that rebuilds the backbone with torchvision alone; printed at the end of a run."""
-    block, layers = ARCHS[args.arch]
-    lines = ["import torch", "from torch import nn", "from torchvision.models import resnet",
-             f"net = resnet.ResNet(resnet.{block.__name__}, {layers})  # {args.arch}"]
-    if args.stem == "3x3":
-        lines += ["net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()"]
-    return "\n".join([*lines, "net.fc = nn.Identity()"])
+    return ("import torch, torchvision\nfrom torch import nn\n\n"
+            f"{inspect.getsource(encoder)}\nnet = encoder({args.arch!r}, {args.stem!r})")
 
 
 def main(argv=None):

@@ -43,6 +43,7 @@ Where this file departs from the paper and the released code:
 """
 
 import functools
+import inspect
 import math
 from collections import OrderedDict
 
@@ -59,6 +60,7 @@ from common import FLAG, FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, SWITCH
 # ==================================================================================================
 
 VITS = {  # width, depth, heads
+    "vit_conv": (96, 2, 3),  # behind convolutions
     "vit_nano": (128, 3, 4),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
@@ -84,7 +86,7 @@ def local_side(args, n):
 # A function gets (args, number of images). common.py adds --dataset, --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
     # option              built-in    to 64 px    larger       allowed     meaning
-    "arch":              ("vit_nano", "vit_tiny", "vit_small", NETS,       "backbone"),
+    "arch":              ("vit_conv", "vit_tiny", "vit_small", NETS,       "backbone"),
     "stem":              ("7x7",      "3x3",      "7x7",       "3x3|7x7",  "of a ResNet"),
     "patch_size":        (8,          4,          16,          FROM_1,     "of a ViT, pixels"),
     "drop_path":         (0.0,        0.1,        0.1,         DROP,       "of student's blocks"),
@@ -105,7 +107,7 @@ OPTIONS = {  # fmt: skip
     "local_scale":       (0.2,        0.1,        0.05,        SHARE,      "least area, local"),
     "blur":              (NO_BLUR,    NO_BLUR,    BLUR,        SHARES,     "in x1, x2, local"),
     "solarize":          (0.0,        0.2,        0.2,         SHARE,      "in x2"),
-    "epochs":            (10,         200,        100,         FROM_1,     "passes over the set"),
+    "epochs":            (24,         200,        100,         FROM_1,     "passes over the set"),
     "batch_size":        (64,         512,        256,         FROM_2,     "N (paper: 1024)"),
     "optimizer":         ("adamw",    "adamw",    "adamw",     "adamw|sgd", "sgd: for ResNets"),
     "lr":                (4e-3,       5e-4,       5e-4,        POSITIVE,   "peak, times N / 256"),
@@ -221,6 +223,8 @@ def build(args, drop_path=0.0):
         backbone = ViT(*VITS[args.arch], args.patch_size, args.image_size, drop_path)
         if backbone.dim < 384:
             start_with_sines(backbone)
+        if args.arch == "vit_conv":
+            backbone.patch_embed.proj = conv_stem(backbone.dim, args.patch_size)
     else:
         backbone = torchvision.models.get_model(args.arch)
         backbone.dim, backbone.fc = backbone.fc.in_features, nn.Identity()
@@ -334,6 +338,10 @@ def check(args, steps):
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if args.arch in VITS and least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
+    if args.arch == "vit_conv" and (
+            args.image_size % args.patch_size or args.patch_size & (args.patch_size - 1)):
+        common.fail("--arch vit_conv halves a view several times: --patch-size has to be a power "
+                    "of 2, and --image-size a multiple of it")
     if args.eval:
         return
     if args.local_scale > args.global_scale:
@@ -530,9 +538,13 @@ def loading(args):
     """Python that rebuilds the backbone with timm or torchvision; printed at the end of a run."""
     if args.arch in VITS:
         dim, depth, heads = VITS[args.arch]
-        return ("import torch, timm\nnet = timm.models.VisionTransformer(\n"
+        stem = ""
+        if args.arch == "vit_conv":
+            stem = (f"\n\n{inspect.getsource(conv_stem)}\n"
+                    f"net.patch_embed.proj = conv_stem({dim}, {args.patch_size})")
+        return ("import torch, timm\nfrom torch import nn\n\nnet = timm.models.VisionTransformer(\n"
                 f"    img_size={args.image_size}, patch_size={args.patch_size}, embed_dim={dim}, "
-                f"depth={depth}, num_heads={heads},\n    num_classes=0)  # {args.arch}")
+                f"depth={depth}, num_heads={heads},\n    num_classes=0)  # {args.arch}{stem}")
     stem = ""
     if args.stem == "3x3":
         stem = "net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()\n"
@@ -636,6 +648,20 @@ class ViT(nn.Module):
 
     def forward(self, x):
         return self.encode(self.patch_embed(x))
+
+
+def conv_stem(dim, patch_size):
+    """(N, 3, H, W) -> (N, dim, H / P, W / P): 3x3 convolutions of stride 2, each twice as wide as
+    the one before, and one of 1x1, where a ViT has one linear layer (Xiao et al. 2021). P: a power
+    of 2."""
+    layers, inputs = [], 3
+    while patch_size > 1:
+        patch_size //= 2
+        width = dim // patch_size
+        conv = nn.Conv2d(inputs, width, 3, 2, 1, bias=False)
+        layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
 
 
 def init_linear(m):

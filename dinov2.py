@@ -69,6 +69,7 @@ Where this file departs from the paper and the released code:
 """
 
 import functools
+import inspect
 import math
 from collections import OrderedDict
 
@@ -86,6 +87,7 @@ from common import FLAG, FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, SWITCH
 # ==================================================================================================
 
 VITS = {  # width, depth, heads, feed-forward network of the released ones
+    "vit_conv": (96, 2, 3, "mlp"),  # behind convolutions
     "vit_nano": (128, 3, 4, "mlp"),
     "vit_tiny": (192, 12, 3, "mlp"),
     "vit_small": (384, 12, 6, "mlp"),
@@ -124,7 +126,7 @@ def m_to_992(args, n):
 # common.py adds --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option                   built-in    to 64 px    larger      allowed   meaning
-    "arch":                   ("vit_nano", "vit_tiny", "vit_small", one_of(VITS), "backbone"),
+    "arch":                   ("vit_conv", "vit_tiny", "vit_small", one_of(VITS), "backbone"),
     "patch_size":             (8,          4,          14,         FROM_1,   "P, pixels"),
     "ffn":                    (released,   released,   released,   "mlp|swiglu", "feed-forward"),
     "layer_scale":            (1.0,        1e-5,       1e-5,       POSITIVE, "gamma at the start"),
@@ -147,12 +149,12 @@ OPTIONS = {  # fmt: skip
     "no_class_loss":          (False,      False,      False,      FLAG,     "no L_DINO"),
     "image_size":             (32,         32,         224,        PIXELS,   "of a global view"),
     "local_size":             (16,         16,         local_side, PIXELS,   "of a local view"),
-    "local_crops":            (4,          6,          8,          FROM_0,   "L"),
+    "local_crops":            (0,          6,          8,          FROM_0,   "L"),
     "global_scale":           (0.5,        0.4,        0.32,       SHARE,    "least area, global"),
     "local_scale":            (0.2,        0.1,        0.05,       SHARE,    "least area, local"),
     "blur":                   (NO_BLUR,    NO_BLUR,    (0.0, 0.9, 0.5), SHARES,   "in u, v, local"),
     "solarize":               (0.0,        0.2,        0.2,        SHARE,    "in v"),
-    "epochs":                 (10,         200,        100,        FROM_1,   "passes over the set"),
+    "epochs":                 (20,         200,        100,        FROM_1,   "passes over the set"),
     "batch_size":             (64,         512,        256,        FROM_2,   "N (paper: 3072)"),
     "hires_epochs":           (0,          0,          0,          FROM_0,   "with larger views"),
     "hires_size":             (48,         48,         518,        PIXELS,   "their side"),
@@ -350,6 +352,8 @@ def build(args, drop_path=0.0):
         args.layer_scale, drop_path, args.checkpoint_activations)
     if dim < 384:
         start_with_sines(backbone)
+    if args.arch == "vit_conv":
+        backbone.patch_embed.proj = conv_stem(dim, args.patch_size)
     return DINOv2(backbone, args.out_dim, args.hidden, args.tied_heads)
 
 
@@ -511,6 +515,10 @@ def check(args, steps):
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
+    if args.arch == "vit_conv" and (
+            args.image_size % args.patch_size or args.patch_size & (args.patch_size - 1)):
+        common.fail("--arch vit_conv halves a view several times: --patch-size has to be a power "
+                    "of 2, and --image-size a multiple of it")
     if args.eval:
         return
     if args.hires_epochs and args.hires_size < args.patch_size:
@@ -723,6 +731,10 @@ def loading(args):
     """Python that rebuilds the backbone with timm, which knows the released names; printed at the
     end of a run."""
     dim, depth, heads, _ = VITS[args.arch]
+    stem = ""
+    if args.arch == "vit_conv":
+        stem = (f"\n\n{inspect.getsource(conv_stem)}\n"
+                f"net.patch_embed.proj = conv_stem({dim}, {args.patch_size})")
     more = ""
     if args.registers:
         more += f",\n    reg_tokens={args.registers}, no_embed_class=True"
@@ -730,13 +742,14 @@ def loading(args):
         ratio = (2 * SwiGLU(dim).w3.in_features + 0.5) / dim
         more += (",\n    mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU, "
                  f"mlp_ratio={ratio}")
-    return ("import torch, timm\nfrom timm.models import vision_transformer\n\n"
+    return ("import torch, timm\nfrom timm.models import vision_transformer\n"
+            "from torch import nn\n\n"
             "class ViT(vision_transformer.VisionTransformer):\n"
             "    def load_state_dict(self, weights):  # with the released names\n"
             "        weights = vision_transformer.checkpoint_filter_fn(weights, self)\n"
             f"        return super().load_state_dict(weights)\n\nnet = ViT(  # {args.arch}\n"
             f"    img_size={args.image_size}, patch_size={args.patch_size}, embed_dim={dim}, "
-            f"depth={depth}, num_heads={heads},\n    num_classes=0, init_values=1.0{more})")
+            f"depth={depth}, num_heads={heads},\n    num_classes=0, init_values=1.0{more}){stem}")
 
 
 # ==================================================================================================
@@ -882,6 +895,20 @@ class RegisterViT(nn.Module):
 
     def forward(self, x):
         return self.encode(self.patch_embed(x))
+
+
+def conv_stem(dim, patch_size):
+    """(N, 3, H, W) -> (N, dim, H / P, W / P): 3x3 convolutions of stride 2, each twice as wide as
+    the one before, and one of 1x1, where a ViT has one linear layer (Xiao et al. 2021). P: a power
+    of 2."""
+    layers, inputs = [], 3
+    while patch_size > 1:
+        patch_size //= 2
+        width = dim // patch_size
+        conv = nn.Conv2d(inputs, width, 3, 2, 1, bias=False)
+        layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
 
 
 def init_linear(m):

@@ -44,12 +44,13 @@ Where this file departs from the papers and the released code:
 """
 
 import functools
+import inspect
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+import torchvision
 
 import common
 from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
@@ -58,12 +59,7 @@ from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
 # Options
 # ==================================================================================================
 
-ARCHS = {
-    "resnet10": (BasicBlock, [1, 1, 1, 1]),
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-}
+NETS = one_of(["convnet", "resnet18", "resnet34", "resnet50"])
 V1 = {"head": "linear", "aug": "v1", "schedule": "step", "temperature": 0.07}  # what --v1 sets
 
 
@@ -86,7 +82,7 @@ def momentum_k(args, n):
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed        meaning
     "v1":           (False,      False,      False,      FLAG,          "as in the first paper"),
-    "arch":         ("resnet10", "resnet18", "resnet50", one_of(ARCHS), "f_q, f_k"),
+    "arch":         ("convnet",  "resnet18", "resnet50", NETS,          "f_q, f_k"),
     "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",     "3x3: no max-pooling"),
     "head":         ("mlp",      "mlp",      "mlp",      "linear|mlp",  "v1: linear, v2: mlp"),
     "dim":          (128,        128,        128,        FROM_1,        "C, width of q and k"),
@@ -96,7 +92,7 @@ OPTIONS = {  # fmt: skip
     "aug":          ("v2",       "v2",       "v2",       "v1|v2",       "v1: strong hue, no blur"),
     "min_scale":    (0.5,        0.08,       0.2,        SHARE,         "least area of a crop"),
     "blur":         (0.0,        0.0,        0.5,        SHARE,         "its probability, in v2"),
-    "epochs":       (14,         200,        200,        FROM_1,        "(v2: 200 and 800)"),
+    "epochs":       (24,         200,        200,        FROM_1,        "(v2: 200 and 800)"),
     "batch_size":   (64,         512,        256,        FROM_2,        "N"),
     "lr":           (0.12,       0.03,       0.03,       POSITIVE,      "at first, times N / 256"),
     "schedule":     ("cosine",   "cosine",   "cosine",   "step|cosine", "v1: step, v2: cosine"),
@@ -144,9 +140,19 @@ def augment(views, args):
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
 
 
-def resnet(arch, stem, norm_layer=nn.BatchNorm2d):
-    """torchvision's ResNet without its classifier: (N, 3, S, S) -> (N, d)."""
-    net = ResNet(*ARCHS[arch], norm_layer=norm_layer)
+def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
+    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for the built-in
+    set, four convolutions."""
+    if arch == "convnet":
+        layers, inputs = [], 3
+        for outputs, stride in ((24, 2), (48, 2), (96, 2), (96, 1)):
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            layers += [conv, norm_layer(outputs), nn.ReLU()]
+            inputs = outputs
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        net.dim = outputs
+        return net
+    net = torchvision.models.get_model(arch, norm_layer=norm_layer)
     net.dim, net.fc = net.fc.in_features, nn.Identity()
     if stem == "3x3":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -180,7 +186,7 @@ class MoCo(nn.Module):
 
     def __init__(self, arch="resnet50", stem="7x7", head="mlp", dim=128, splits=1):
         super().__init__()
-        self.backbone = resnet(arch, stem, functools.partial(SplitBatchNorm2d, splits=splits))
+        self.backbone = encoder(arch, stem, functools.partial(SplitBatchNorm2d, splits=splits))
         d = self.backbone.dim
         if head == "mlp":
             self.head = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim))
@@ -474,12 +480,8 @@ def evaluate(net, data, args, run, test=False):
 
 def loading(args):
     """Python that rebuilds the backbone with torchvision alone; printed at the end of a run."""
-    block, layers = ARCHS[args.arch]
-    lines = ["import torch", "from torch import nn", "from torchvision.models import resnet",
-             f"net = resnet.ResNet(resnet.{block.__name__}, {layers})  # {args.arch}"]
-    if args.stem == "3x3":
-        lines += ["net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()"]
-    return "\n".join([*lines, "net.fc = nn.Identity()"])
+    return ("import torch, torchvision\nfrom torch import nn\n\n"
+            f"{inspect.getsource(encoder)}\nnet = encoder({args.arch!r}, {args.stem!r})")
 
 
 def main(argv=None):

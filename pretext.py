@@ -73,7 +73,7 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+import torchvision
 from torchvision.utils import make_grid
 
 import common
@@ -83,12 +83,7 @@ from common import FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, number, one_of
 # Options
 # ==================================================================================================
 
-ARCHS = {
-    "resnet10": (BasicBlock, [1, 1, 1, 1]),
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-}
+NETS = one_of(["convnet", "resnet18", "resnet34", "resnet50"])
 GUARDS = {  # task: its guards against shortcuts, which --without takes away
     "rotation": "exact",
     "patch": "gap jitter color norm",
@@ -123,7 +118,7 @@ OPTIONS = {  # fmt: skip
     "without":      ((),         (),         (),         {"nargs": "+"}, "guards (docstring)"),
     "shade":        (by_task(0.0, rotation=0.3), 0.0, 0.0, SHARE, "steepest slope of added light"),
     "permutations": (24,         100,        1000,       number(int, 2, 5040), "P of the jigsaw"),
-    "arch":         ("resnet10", "resnet18", "resnet50", one_of(ARCHS),  "encoder f"),
+    "arch":         ("convnet",  "resnet18", "resnet50", NETS,           "encoder f"),
     "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",      "3x3: no max-pooling"),
     "image_size":   (32,         64,         224,        PIXELS,         "S, side of a view"),
     "min_scale":    (0.5,        0.5,        0.3,        SHARE,          "least area of a crop"),
@@ -178,9 +173,19 @@ def shade(x, most):
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network sees RGB in [0, 1] as it is
 
 
-def resnet(arch, stem, norm_layer=nn.BatchNorm2d):
-    """torchvision's ResNet without its classifier: (N, 3, S, S) -> (N, d)."""
-    net = ResNet(*ARCHS[arch], norm_layer=norm_layer)
+def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
+    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for the built-in
+    set, four convolutions."""
+    if arch == "convnet":
+        layers, inputs = [], 3
+        for outputs, stride in ((24, 2), (48, 2), (96, 2), (96, 1)):
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            layers += [conv, norm_layer(outputs), nn.ReLU()]
+            inputs = outputs
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        net.dim = outputs
+        return net
+    net = torchvision.models.get_model(arch, norm_layer=norm_layer)
     net.dim, net.fc = net.fc.in_features, nn.Identity()
     if stem == "3x3":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -623,7 +628,7 @@ def build(args):
     norm = nn.BatchNorm2d
     if args.task == "cpc" and "norm" not in args.without:
         norm = functools.partial(nn.GroupNorm, 1)  # layer norm, over all channels of a patch
-    f = resnet(args.arch, args.stem, norm)
+    f = encoder(args.arch, args.stem, norm)
     if args.task == "splitbrain":
         halve(f)
     return TASKS[args.task](f, args)
@@ -936,15 +941,11 @@ def evaluate(net, data, args, run, test=False):
 
 def loading(args):
     """Python that rebuilds the backbone with torchvision alone; printed at the end of a run."""
-    block, layers = ARCHS[args.arch]
     norm = ""
     if args.task == "cpc" and "norm" not in args.without:
-        norm = ", norm_layer=lambda c: nn.GroupNorm(1, c)"
-    lines = ["import torch", "from torch import nn", "from torchvision.models import resnet",
-             f"net = resnet.ResNet(resnet.{block.__name__}, {layers}{norm})  # {args.arch}",
-             "net.fc = nn.Identity()"]
-    if args.stem == "3x3":
-        lines += ["net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()"]
+        norm = ", lambda channels: nn.GroupNorm(1, channels)"
+    lines = ["import torch, torchvision", "from torch import nn", "", inspect.getsource(encoder),
+             f"net = encoder({args.arch!r}, {args.stem!r}{norm})"]
     if args.task == "splitbrain":
         lines += ["", inspect.getsource(halve), "halve(net)"]
     if args.task in ("colorization", "splitbrain", "patch", "jigsaw"):

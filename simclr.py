@@ -39,12 +39,13 @@ Where this file departs from the paper and the released code:
 """
 
 import functools
+import inspect
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+import torchvision
 
 import common
 from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
@@ -53,18 +54,13 @@ from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
 # Options
 # ==================================================================================================
 
-ARCHS = {
-    "resnet10": (BasicBlock, [1, 1, 1, 1]),
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-}
+NETS = one_of(["convnet", "resnet18", "resnet34", "resnet50"])
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones
 # (the paper's ImageNet setting, but for N). common.py adds --dataset, --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed            meaning
-    "arch":         ("resnet10", "resnet18", "resnet50", one_of(ARCHS),     "encoder f"),
+    "arch":         ("convnet",  "resnet18", "resnet50", NETS,              "encoder f"),
     "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",         "3x3: no max-pool"),
     "head":         ("mlp",      "mlp",      "mlp",      "none|linear|mlp", "g"),
     "dim":          (128,        128,        128,        FROM_1,            "D, width of z"),
@@ -75,7 +71,7 @@ OPTIONS = {  # fmt: skip
     "blur":         (0.0,        0.0,        0.5,        SHARE,             "probability"),
     "no_color":     (False,      False,      False,      FLAG,              "no jitter, no grey"),
     "no_crop":      (False,      False,      False,      FLAG,              "no random crops"),
-    "epochs":       (8,          200,        100,        FROM_1,            "passes over the set"),
+    "epochs":       (12,         200,        100,        FROM_1,            "passes over the set"),
     "batch_size":   (64,         512,        256,        FROM_2,            "N (paper: 4096)"),
     "optimizer":    ("sgd",      "sgd",      "lars",     "sgd|lars",        "(paper: lars)"),
     "lr":           (0.2,        0.3,        0.3,        POSITIVE,          "peak, times N / 256"),
@@ -120,9 +116,19 @@ def augment(views, args):
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for backbone.pt: RGB in [0, 1] as it is
 
 
-def resnet(arch, stem, norm_layer=nn.BatchNorm2d):
-    """torchvision's ResNet without its classifier: (N, 3, S, S) -> (N, d)."""
-    net = ResNet(*ARCHS[arch], norm_layer=norm_layer)
+def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
+    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for the built-in
+    set, four convolutions."""
+    if arch == "convnet":
+        layers, inputs = [], 3
+        for outputs, stride in ((24, 2), (48, 2), (96, 2), (96, 1)):
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            layers += [conv, norm_layer(outputs), nn.ReLU()]
+            inputs = outputs
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        net.dim = outputs
+        return net
+    net = torchvision.models.get_model(arch, norm_layer=norm_layer)
     net.dim, net.fc = net.fc.in_features, nn.Identity()
     if stem == "3x3":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -134,7 +140,7 @@ class SimCLR(nn.Module):
 
     def __init__(self, arch="resnet50", stem="7x7", head="mlp", dim=128):
         super().__init__()
-        self.backbone = resnet(arch, stem)
+        self.backbone = encoder(arch, stem)
         d = self.backbone.dim
         if head == "mlp":
             self.head = nn.Sequential(
@@ -357,12 +363,8 @@ def evaluate(net, data, args, run, test=False):
 
 def loading(args):
     """Python that rebuilds the backbone with torchvision alone; printed at the end of a run."""
-    block, layers = ARCHS[args.arch]
-    lines = ["import torch", "from torch import nn", "from torchvision.models import resnet",
-             f"net = resnet.ResNet(resnet.{block.__name__}, {layers})  # {args.arch}"]
-    if args.stem == "3x3":
-        lines += ["net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()"]
-    return "\n".join([*lines, "net.fc = nn.Identity()"])
+    return ("import torch, torchvision\nfrom torch import nn\n\n"
+            f"{inspect.getsource(encoder)}\nnet = encoder({args.arch!r}, {args.stem!r})")
 
 
 def main(argv=None):

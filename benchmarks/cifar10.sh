@@ -98,7 +98,7 @@ long() {
 
 look() { # networks and heads as in the recipes of the built-in set
     # of 5e-4, 2e-3 and 4e-3 for the ViT with labels the first was worst on validation images
-    local seed method own resnet=(--arch resnet10 --stem 7x7)
+    local seed method own convnet=(--arch convnet)
     local vit=(--arch vit_nano --patch-size 8 --drop-path 0)
     local command=(--dataset "${DATA:-data/cifar10-jpg}" --limit 10000 --epochs 20 --batch-size 128)
     for seed in $seeds; do
@@ -107,17 +107,17 @@ look() { # networks and heads as in the recipes of the built-in set
             dino) own=(--out-dim 512 --head-bn --tau-t 0.04) ;;
             ibot) own=(--out-dim 512 --head-bn --tau-t 0.04 --tau-t-patch 0.04) ;;
             dinov2) own=(--out-dim 128 --tau-t 0.01 --koleo 0.02 --layer-scale 1) ;;
-            pretext) own=("${resnet[@]}" --epochs 8) ;; # of four turned images
-            *) own=("${resnet[@]}") ;;
+            pretext) own=("${convnet[@]}" --epochs 8) ;; # of four turned images
+            *) own=("${convnet[@]}") ;;
             esac
             case $method in
-            dino | ibot | dinov2) own+=("${vit[@]}" --local-crops 4 --hidden 512 --lr 4e-3) ;;
+            dino | ibot | dinov2) own+=("${vit[@]}" --local-crops 0 --hidden 512 --lr 4e-3) ;;
             esac
             run "runs/$method-cifar10look-s$seed" "$method.py" "${command[@]}" --eval-every 5 \
                 "${own[@]}" --seed "$seed"
         done
         run "runs/supervised-simclr-cifar10look-s$seed" benchmarks/supervised.py simclr \
-            "${command[@]}" "${resnet[@]}" --seed "$seed"
+            "${command[@]}" "${convnet[@]}" --seed "$seed"
         run "runs/supervised-dino-cifar10look-s$seed" benchmarks/supervised.py dino \
             "${command[@]}" "${vit[@]}" --lr 2e-3 --seed "$seed"
     done

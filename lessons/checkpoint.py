@@ -97,8 +97,8 @@ def images(own, size, data, run):
     Of the built-in set new ones, of other sets validation images, of a folder without labels all.
     """
     if run.args.dataset == common.BUILT_IN:
-        x, labels, masks, _ = common.shapes(own.images, size, seed=2)  # training: 0, test: 1
-        return x / 255, labels, masks
+        x, labels, parts, _, _ = common.toys(own.images, size, seed=2)  # training: 0, test: 1
+        return x / 255, labels, parts > 0
     data.read(size, *data.how[1:])
     part = data.val
     if not data.labelled:

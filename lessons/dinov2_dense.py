@@ -158,10 +158,12 @@ def main(argv=None):
     patch = run.args.patch_size
     size = checkpoint.side(own, run)
     # neither training (seed 0) nor test images (1) of dinov2.py
-    x, _, masks, depths = common.shapes(own.fit, size, seed=2)
+    x, _, parts, depths, _ = common.toys(own.fit, size, seed=2)
+    masks = parts > 0
     share = per_patch(masks, patch)
     depth = per_patch(depths, patch)
-    y, _, masks, depths = common.shapes(own.images, size, seed=3)
+    y, _, parts, depths, _ = common.toys(own.images, size, seed=3)
+    masks = parts > 0
     x = x / 255
     y = y / 255
     found = {}

@@ -152,7 +152,7 @@ def test_figure(tmp_path):
 
 
 @pytest.mark.parametrize("method, own", [
-    ("simclr", "--stem 7x7 --arch resnet10"), ("dino", "--arch vit_nano --hidden 64 --out-dim 64")])
+    ("simclr", "--stem 7x7 --arch convnet"), ("dino", "--arch vit_nano --hidden 64 --out-dim 64")])
 def test_throughput(tmp_path, method, own):
     (tmp_path / "train" / "a").mkdir(parents=True)
     for i in range(16):

@@ -176,18 +176,18 @@ def test_augmentation_is_the_papers():
 def test_model():
     x = draw(4, 3, 16, 16, dtype=torch.float32)
     for predictor in (True, False):
-        net = byol.BYOL("resnet10", "3x3", 12, 5, predictor)
+        net = byol.BYOL("convnet", "3x3", 12, 5, predictor)
         for views in (1, 2):
             h, z, p = net(*[x] * views)
-            assert h.shape == (4 * views, 512) and z.shape == p.shape == (4 * views, 5)
+            assert h.shape == (4 * views, 96) and z.shape == p.shape == (4 * views, 5)
             assert torch.equal(z, p) != predictor
-        for head, inputs in ((net.projector, 512), (net.predictor, 5))[: 1 + predictor]:
+        for head, inputs in ((net.projector, 96), (net.predictor, 5))[: 1 + predictor]:
             first, _, _, last = head  # Section 3.3: no batch norm after the last layer
             assert [type(m) for m in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
             assert (first.in_features, first.out_features) == (inputs, 12)
             assert first.bias is not None and last.bias is None and last.weight.shape == (5, 12)
         assert predictor or not list(net.predictor.parameters())
-    args = SimpleNamespace(arch="resnet10", stem="7x7", hidden=12, dim=4, no_predictor=None, seed=3)
+    args = SimpleNamespace(arch="convnet", stem="7x7", hidden=12, dim=4, no_predictor=None, seed=3)
     first = byol.build(args)
     assert same(first.state_dict(), byol.build(args).state_dict())
     args.seed = 4
@@ -197,7 +197,7 @@ def test_model():
 
 def test_batch_norm_sees_one_view_at_a_time():
     torch.manual_seed(0)
-    net = byol.BYOL("resnet10", "7x7", 12, 5).double()
+    net = byol.BYOL("convnet", "7x7", 12, 5).double()
     x1, x2 = draw(6, 3, 16, 16), 0.3 * draw(6, 3, 16, 16, seed=1) + 0.5  # another light
     one_by_one, at_once = copy.deepcopy(net), copy.deepcopy(net)
     both = net(x1, x2)
@@ -302,7 +302,7 @@ def trained(tmp_path, monkeypatch):
         net.dim = 32
         return net
 
-    monkeypatch.setattr(byol, "resnet", small)  # the real one is slow on a CPU
+    monkeypatch.setattr(byol, "encoder", small)  # the real one is slow on a CPU
 
     def run(flags=""):
         argv = [*SHORT, *"--optimizer sgd --lr 0.1 --weight-decay 0.01 --warmup 0".split(),

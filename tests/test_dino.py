@@ -7,16 +7,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tools
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from tools import TINY, Watched, close, completed, draw, fails, refused, same, train
+from tools import PLAIN, TINY, Watched, close, draw, fails, refused, same, train
 
 import common
 import dino
 
-SHORT = [*TINY, "--epochs", "1", "--eval-every", "0"]
+SHORT = [*TINY, *PLAIN, "--epochs", "1", "--eval-every", "0"]
+
+
+def completed(file, argv=(), side=None, **more):
+    return tools.completed(file, argv if side else [*PLAIN, *argv], side, **more)
 
 # ==================================================================================================
 # Loss

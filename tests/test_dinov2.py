@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tools import TINY, Watched, close, draw, fails, options, same, train
+from tools import PLAIN, TINY, Watched, close, draw, fails, options, same, train
 
 import common
 import dinov2
@@ -22,7 +22,7 @@ ONE = SimpleNamespace(world=1, rank=0, device=torch.device("cpu"))
 
 def completed(*argv, column=0, n=4000):
     """The options with the defaults of a column of the table, for n images."""
-    args = options(dinov2, argv)
+    args = options(dinov2, [*PLAIN, *argv] if column == 0 else argv)
     for name, row in dinov2.OPTIONS.items():
         if getattr(args, name) is None:
             value = row[column](args, n) if callable(row[column]) else row[column]
@@ -575,7 +575,7 @@ def test_hidden_patches(flags):
 # ==================================================================================================
 
 
-STEPS = [*TINY, "--limit", "12", "--batch-size", "4", "--eval-every", "0", *(
+STEPS = [*TINY, *PLAIN, "--limit", "12", "--batch-size", "4", "--eval-every", "0", *(
     "--arch vit_nano --patch-size 4 --local-size 8 --local-crops 1 --hidden 10 --out-dim 12 --lr "
     "0.016 --warmup 0 --m 0.5 --weight-decay 0.04 --weight-decay-end 0.4 --tau-t 0.2 "
     "--tau-t-warmup 1 --clip 1e9 --koleo 0.1 --freeze-last-layer 0 --mask-ratio 0.3 0.5 "
@@ -854,7 +854,7 @@ def test_clip_modules():
 
 def loaded(path, *argv):
     """The weights with which a network of another seed would be evaluated."""
-    argv = [*TINY, "--limit", "2", *NANO, "--seed", "0", "--local-crops", "0", *argv]
+    argv = [*TINY, *PLAIN, "--limit", "2", *NANO, "--seed", "0", "--local-crops", "0", *argv]
     net, *_ = train(dinov2, [*argv, "--eval", path, "--out", f"{path}-run"])
     return dict(net.state_dict())
 
@@ -967,4 +967,4 @@ def test_the_recipes():
     assert (args.tau_s, args.tau_t, args.m, args.lr) == (0.1, 0.07, 0.992, 4e-3)
     assert (args.blur, args.koleo, args.ffn) == ([0.0, 0.9, 0.5], 0.1, "mlp")
     assert completed("--arch", "vit_giant").ffn == "swiglu"
-    assert completed(column=1, n=10**6).m == 0.994 and completed().m == pytest.approx(0.978, 1e-3)
+    assert completed(column=1, n=10**6).m == 0.994 and completed().m == pytest.approx(0.989, 1e-3)

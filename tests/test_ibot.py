@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from tools import TINY, Watched, close, draw, fails, options, same, train
+from tools import PLAIN, TINY, Watched, close, draw, fails, options, same, train
 
 import common
 import ibot
@@ -18,7 +18,7 @@ import ibot
 
 def completed(*argv, column=0, n=4000):
     """The options with the defaults of a column of the table, for n images."""
-    args = options(ibot, argv)
+    args = options(ibot, [*PLAIN, *argv] if column == 0 else argv)
     for name, row in ibot.OPTIONS.items():
         if getattr(args, name) is None:
             value = row[column](args, n) if callable(row[column]) else row[column]
@@ -514,7 +514,7 @@ def test_clip_each():
 # The step
 # ==================================================================================================
 
-STEPS = [*TINY, "--epochs", "1", *TINIEST.split(), *(
+STEPS = [*TINY, *PLAIN, "--epochs", "1", *TINIEST.split(), *(
     "--limit 12 --batch-size 4 --lr 0.064 --warmup 0 --weight-decay 0.04 --weight-decay-end 0.4 "
     "--m 0.5 --tau-t 0.06 --tau-t-patch 0.09 --tau-t-warmup 1 --clip 1e9 --freeze-last-layer 0 "
     "--local-crops 0 --mask-ratio 0.3 0.5 --eval-every 0").split()]
@@ -693,7 +693,7 @@ def official(request, tmp_path):
 
 def loaded(path, *argv):
     """The weights with which a network of another seed would be evaluated."""
-    argv = [*TINY, *NANO.split(), "--local-crops", "0", *argv, "--eval", path]
+    argv = [*TINY, *PLAIN, *NANO.split(), "--local-crops", "0", *argv, "--eval", path]
     argv += ["--out", f"{path}-run", "--limit", "2"]
     net, *_ = train(ibot, argv)
     return dict(net.state_dict())
@@ -757,7 +757,7 @@ def test_equal_outputs_have_the_value_of_chance(tmp_path):
     net = ibot.build(small_args())
     nn.init.zeros_(net.head.last_layer.weight_g)
     torch.save({"state_dict": dict(net.state_dict())}, path)
-    *_, run = train(ibot, [*TINY, *NANO.split(), "--epochs", "1", "--init", path, "--lr", "1e-9",
-                           "--mask-crops", "1", "--out", tmp_path / "run"])
+    argv = [*TINY, *PLAIN, *NANO.split(), "--epochs", "1", "--init", path, "--lr", "1e-9"]
+    *_, run = train(ibot, [*argv, "--mask-crops", "1", "--out", tmp_path / "run"])
     for name, chance in run.chance.items():
         assert close(run.rows[0][name], chance, 1e-3), name

@@ -120,7 +120,7 @@ def test_tables(tmp_path, capsys):
 
 
 def test_what_a_lesson_cannot_use(tmp_path, capsys):
-    argv = [*TINY, *"--batch-size 40 --arch resnet10 --stem 7x7 --runs".split(), tmp_path / "runs"]
+    argv = [*TINY, *"--batch-size 40 --arch convnet --stem 7x7 --runs".split(), tmp_path / "runs"]
     assert "--eval" in refused("head", capsys, *argv, "--eval", "last.pt")
     folder = folder_of(40, tmp_path / "images")
     assert "no labels" in refused("head", capsys, *argv, "--dataset", folder)

@@ -386,17 +386,17 @@ def test_augmentation_is_the_papers():
 def test_model():
     x = draw(4, 3, 16, 16, dtype=torch.float32)
     for head in ("linear", "mlp"):
-        net = moco.MoCo("resnet10", "3x3", head, 5, splits=2)
+        net = moco.MoCo("convnet", "3x3", head, 5, splits=2)
         h, q = net(x)
-        assert h.shape == (4, 512) and q.shape == (4, 5)
+        assert h.shape == (4, 96) and q.shape == (4, 5)
         if head == "linear":
             assert type(net.head) is nn.Linear
         else:  # without batch norm
             assert [type(m) for m in net.head] == [nn.Linear, nn.ReLU, nn.Linear]
-            assert net.head[0].out_features == 512
+            assert net.head[0].out_features == 96
         norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        assert len(norms) == 12 and {m.splits for m in norms} == {2}
-    args = SimpleNamespace(arch="resnet10", stem="7x7", head="linear", dim=4, seed=3)
+        assert len(norms) == 4 and {m.splits for m in norms} == {2}
+    args = SimpleNamespace(arch="convnet", stem="7x7", head="linear", dim=4, seed=3)
     first, again = moco.build(args), moco.build(args, splits=2)
     assert same(first.state_dict(), again.state_dict())
     args.seed = 4
@@ -507,13 +507,13 @@ def algorithm_1(f_q, views, queue, args, mistake=None):
 
 @pytest.fixture
 def small(monkeypatch):
-    def resnet(arch, stem, norm_layer):
+    def encoder(arch, stem, norm_layer):
         net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, bias=False), norm_layer(8), nn.ReLU(),
                             nn.AdaptiveAvgPool2d(2), nn.Flatten())
         net.dim = 32
         return net
 
-    monkeypatch.setattr(moco, "resnet", resnet)  # the real one is slow on a CPU
+    monkeypatch.setattr(moco, "encoder", encoder)  # the real one is slow on a CPU
 
 
 def test_algorithm_1(tmp_path, small):

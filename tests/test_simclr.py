@@ -202,12 +202,12 @@ def test_augmentation_has_the_papers_numbers(monkeypatch):
 
 def test_model():
     x = draw(2, 3, 16, 16, dtype=torch.float32)
-    for head, D, layers in (("none", 512, 0), ("linear", 5, 1), ("mlp", 5, 2)):
-        net = simclr.SimCLR("resnet10", "3x3", head, 5)
+    for head, D, layers in (("none", 96, 0), ("linear", 5, 1), ("mlp", 5, 2)):
+        net = simclr.SimCLR("convnet", "7x7", head, 5)
         h, z = net(x)
-        assert h.shape == (2, 512) and z.shape == (2, D)
+        assert h.shape == (2, 96) and z.shape == (2, D)
         assert sum(isinstance(m, nn.Linear) for m in net.modules()) == layers
-    args = options(simclr, "--arch resnet10 --stem 7x7 --head mlp --dim 4 --seed 3".split())
+    args = options(simclr, "--arch convnet --stem 7x7 --head mlp --dim 4 --seed 3".split())
     assert same(simclr.build(args).state_dict(), simclr.build(args).state_dict())
     assert len({simclr.build(args).head[-1].weight[0, 0].item() for args.seed in (3, 4)}) == 2
     resnet50 = simclr.SimCLR("resnet50", "7x7").backbone.state_dict()
@@ -216,13 +216,13 @@ def test_model():
         k: v.shape for k, v in official.items() if not k.startswith("fc.")}
 
 
-@pytest.mark.parametrize("arch", simclr.ARCHS)
+@pytest.mark.parametrize("arch", simclr.NETS["choices"])
 @pytest.mark.parametrize("stem", ["3x3", "7x7"])
 def test_the_printed_lines_rebuild_the_backbone(arch, stem):
     args = options(simclr, ["--arch", arch, "--stem", stem])
     with torch.device("meta"):
         exec(simclr.loading(args), names := {})
-        names["net"].load_state_dict(simclr.resnet(arch, stem).state_dict())
+        names["net"].load_state_dict(simclr.encoder(arch, stem).state_dict())
 
 
 # ==================================================================================================
@@ -234,7 +234,7 @@ def small(args):
     """SimCLR on next to nothing, with batch norm."""
     torch.manual_seed(args.seed)
     net = simclr.SimCLR(args.arch, dim=8)
-    pool = nn.AdaptiveAvgPool2d((net.backbone.dim // 64, 8))
+    pool = nn.AdaptiveAvgPool2d((net.backbone.dim // 32, 4))
     net.backbone = nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), pool, nn.Flatten())
     return net
@@ -306,11 +306,11 @@ def test_flags(tmp_path):
 
 def test_another_head_or_stem_is_refused(tmp_path, capsys):
     """A checkpoint of a network with other options, whole or in part."""
-    args = options(simclr, "--arch resnet10 --stem 3x3 --head mlp --dim 128".split())
+    args = options(simclr, "--arch resnet18 --stem 3x3 --head mlp --dim 128".split())
     net = simclr.build(args)
     torch.save({"state_dict": net.backbone.state_dict()}, tmp_path / "backbone.pt")
-    argv = [*SHORT, "--arch", "resnet10", "--out", tmp_path / "run", "--init"]
-    for stem in ("--stem 7x7", "--stem 3x3 --arch resnet18"):
+    argv = [*SHORT, "--arch", "resnet18", "--out", tmp_path / "run", "--init"]
+    for stem in ("--stem 7x7", "--stem 3x3 --arch convnet"):
         error = refused(simclr, [*argv, tmp_path / "backbone.pt", *stem.split()], capsys)
         assert "backbone.pt holds another network" in error
 
