@@ -122,7 +122,7 @@ OPTIONS = {  # fmt: skip
     "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",      "3x3: no max-pooling"),
     "image_size":   (32,         64,         224,        PIXELS,         "S, side of a view"),
     "min_scale":    (0.5,        0.5,        0.3,        SHARE,          "least area of a crop"),
-    "epochs":       (2,          100,        70,         FROM_1,         "passes over the set"),
+    "epochs":       (6,          100,        70,         FROM_1,         "passes over the set"),
     "batch_size":   (by_task(32, rotation=16), by_task(128, rotation=64),
                      by_task(128, rotation=64, cpc=32), FROM_2, "N, two views of each"),
     "optimizer":    ("adamw", by_task("adamw", rotation="sgd"),
