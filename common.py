@@ -252,15 +252,20 @@ class Run:
 
         With --resume: the last of them whose run was interrupted.
         """
-        folders = [Path(out), *(Path(f"{Path(out)}-{n}") for n in range(2, 10_000))]
-        free = next(i for i, f in enumerate(folders) if not os.path.exists(f / "args.json"))
-        claimed = [None]
+        def folder(n):
+            return Path(out) if n == 1 else Path(f"{Path(out)}-{n}")
+
+        n, claimed = 1, [None]
+        while os.path.exists(folder(n) / "args.json"):
+            n += 1
         if main_process() and self.args.resume:
-            begun = [f for f in folders[:free] if (f / "last.pt").exists()]
+            begun = [f for f in map(folder, range(1, n)) if (f / "last.pt").exists()]
             begun = [f for f in begun if not (f / "results.json").exists()]
             claimed = begun[-1:] or fail(f"--resume: no interrupted run in {out}, name it by --out")
         elif main_process():
-            claimed = [next(f for f in folders[free:] if claim(f))]
+            while not claim(folder(n)):
+                n += 1
+            claimed = [folder(n)]
         if self.world > 1:
             dist.broadcast_object_list(claimed)
         return claimed[0]

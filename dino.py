@@ -28,8 +28,9 @@ Where this file departs from the paper and the released code:
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
     tenth of the view wide (released code: that of Pillow, which is wider).
   - Small images are not blurred. Position embeddings of narrow ViTs start as sines.
-  - The built-in set, on a CPU, has a smaller network, and batch norm in the head (an option of the
-    released code): without it the teacher became uniform (lessons/dino_collapse.py).
+  - The built-in set, made for a CPU, has a small ViT that begins with convolutions (Xiao et al.
+    2021), batch norm in the head (an option of the released code), few classes K and a colder
+    teacher, and no local views: there they slowed learning down (benchmarks/LOG.md).
   - The linear probe is fitted by L-BFGS on class tokens of central crops (paper: by SGD, of random
     ones; released code: of a ViT-S's last four blocks).
   - Of the three columns of OPTIONS the last follows the released command for a ViT-S and 100

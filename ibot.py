@@ -34,8 +34,10 @@ Where this file departs from the paper and the released code:
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
     tenth of the view wide (released code: that of Pillow, which is wider).
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
-  - The built-in set, on a CPU, has a smaller network, and batch norm in the head, one for each of
-    two layers (an option of the released code, which has the same one twice).
+  - The built-in set, made for a CPU, has batch norm in the head, one for each of two layers (an
+    option of the released code, which has the same one twice), few classes K, a colder teacher, no
+    local views, and a small ViT that begins with convolutions (Xiao et al. 2021). They see 7
+    pixels to the left of a patch and above it, so a hidden patch shows in two of its neighbours.
   - The linear probe is fitted by L-BFGS on central crops (paper: SGD on random ones).
   - Of the three defaults only the last follows the released code: its ViT-S, for 100 of 800 epochs,
     with a batch for one GPU.

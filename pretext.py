@@ -237,9 +237,8 @@ def rotate(images, exact=True):
 class Rotation(nn.Module):
     """RotNet (Gidaris et al. 2018): turned by how many quarters? All four of every view are asked.
 
-    Shortcuts: traces of how the image was turned, of which quarter turns leave none; the light, see
-    `shade`: in one run on the built-in set without it 92 % of the answers were right in the first
-    epoch already, and after two the linear probe of h was at 26 % (validation), with it at 45 %.
+    Shortcuts: traces of how the image was turned, of which quarter turns leave none; the light from
+    above, see `shade`.
     """
 
     def __init__(self, f, args):
@@ -944,8 +943,13 @@ def loading(args):
     norm = ""
     if args.task == "cpc" and "norm" not in args.without:
         norm = ", lambda channels: nn.GroupNorm(1, channels)"
-    lines = ["import torch, torchvision", "from torch import nn", "", inspect.getsource(encoder),
-             f"net = encoder({args.arch!r}, {args.stem!r}{norm})"]
+    lines = [
+        "import torch, torchvision",
+        "from torch import nn",
+        "",
+        inspect.getsource(encoder),
+        f"net = encoder({args.arch!r}, {args.stem!r}{norm})",
+    ]
     if args.task == "splitbrain":
         lines += ["", inspect.getsource(halve), "halve(net)"]
     if args.task in ("colorization", "splitbrain", "patch", "jigsaw"):

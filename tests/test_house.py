@@ -11,8 +11,8 @@ import tokenize
 import pytest
 from tools import METHODS, NAMES, ROOT
 
-CAPS = {"simclr": 230, "byol": 250, "moco": 290, "dino": 410, "ibot": 480, "dinov2": 560,
-        "pretext": 540, "weak": 450, "common": 900}  # lines of code
+CAPS = {"simclr": 230, "byol": 250, "moco": 290, "dino": 435, "ibot": 500, "dinov2": 580,
+        "pretext": 540, "weak": 450, "common": 925}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "Training",
            "Evaluation", "Backbone"]
@@ -142,7 +142,7 @@ def drifted(sources):
 def test_file(name, tmp_path, monkeypatch):
     source = SOURCES[name]
     # common's operations on images are formulas, more to a line than a method's code
-    assert not size(source, CAPS[name], density=10.5 if name == "common" else 9)
+    assert not size(source, CAPS[name], density=10.1 if name == "common" else 9)
     assert not manner(source)
     assert not imports(source, {"PIL", "tqdm", "matplotlib"} if name == "common" else {"common"})
     monkeypatch.chdir(tmp_path)
