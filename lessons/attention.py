@@ -8,24 +8,20 @@ The token is never told where anything is. It has to say the same of every crop 
 what the crops share is, as a rule, the object; a supervised token needs only as much of the object
 as tells its class.
 
-On `shapes` (400 new images, 4 x 4 patches, one seed) the best head has a Jaccard similarity of 24.1
-with random weights, 33.9 supervised (64.5 % top-1) and 36.8 with dino.py: the paper's order, though
-dino.py has hardly learned the classes. One of its four heads has most of it (28.4).
-
     python dino.py
-    python lessons/attention.py runs/dino-shapes-s0/last.pt
-    python lessons/attention.py runs/dino-shapes-s0/last.pt --size 96
+    python lessons/attention.py runs/dino-toys-s0/last.pt
+    python lessons/attention.py runs/dino-toys-s0/last.pt --size 96
     python lessons/attention.py runs/dino-cifar10-s0/backbone.pt --dataset cifar10 --size 128
     python lessons/attention.py dino_deitsmall8_pretrain.pth --patch-size 8 --dataset PATH
 
 CHECKPOINT: last.pt or backbone.pt of dino.py, or a released file. Options that are not listed in
 --help are those of dino.py (--device, --patch-size); what is not given is as in the run.
 
-Writes lessons/attention.png: images and the attention of every head. On `shapes`, the default,
+Writes lessons/attention.png: images and the attention of every head. On `toys`, the default,
 where the objects are known, also what holds 60 % of the attention of the best head, and
 lessons/attention.csv, a line for each head: beside the checkpoint the same network with random
 weights and trained with labels, on the images that the checkpoint had. Images are whole central
-squares: of `shapes` new ones, of other sets validation images, never of the test set.
+squares: of `toys` new ones, of other sets validation images, never of the test set.
 """
 
 import math

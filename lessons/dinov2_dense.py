@@ -9,14 +9,9 @@ No label and no depth was ever shown to the network. What a single linear layer 
 there before, laid out plainly; the same layer on the untrained network and on the raw pixels of the
 patch says how much of it training brought.
 
-On `shapes` (12 x 12 patches, one seed) training brings nothing that the architecture has not: mIoU
-92.5 % for dinov2.py's default run, 92.2 untrained, 91.6 raw pixels, 94.8 the truth with one value a
-patch; depth RMSE 0.101, 0.099, 0.188, 0.084. An object is seen by its colour there, and depth from
-colour and place, which untrained tokens hold.
-
     python dinov2.py
-    python lessons/dinov2_dense.py runs/dinov2-shapes-s0/last.pt
-    python lessons/dinov2_dense.py runs/dinov2-shapes-s0/last.pt --size 32
+    python lessons/dinov2_dense.py runs/dinov2-toys-s0/last.pt
+    python lessons/dinov2_dense.py runs/dinov2-toys-s0/last.pt --size 32
     python lessons/dinov2_dense.py dinov2_vits14_pretrain.pth --arch vit_small --patch-size 14 \\
         --image-size 518 --limit 100
 
@@ -24,7 +19,7 @@ CHECKPOINT: last.pt or backbone.pt of dinov2.py, or a released file. Options tha
 --help are those of dinov2.py (--device, --patch-size); what is not given is as in the run. --size
 is 12 patches, or as in training where that is more, up to 224.
 
-The images are always new ones of `shapes`, whose masks and depths are known, some to fit the layers
+The images are always new ones of `toys`, whose masks and depths are known, some to fit the layers
 (a fifth of them to choose the penalty), others to test. Logistic regression by L-BFGS on the share
 of a patch that is object, ridge regression on its mean depth. Departures from the paper: no mmseg
 recipe, no bins of depth, no class token beside the patches.

@@ -8,14 +8,9 @@ every patch to the nearest by cosine), Section 7.3 (retrieval by cosine, here of
 Nobody told the patches apart. If what varies most separates object from background, and what varies
 next gives the same part of two objects the same colour, the network has found parts by itself.
 
-On `shapes` dinov2.py's default run has learned colours: the first component tells blue objects from
-red ones, not object from background (Jaccard 9 %, untrained 20, whole image 18), patches of an
-object are matched to an object in 34 % of cases (56, 18). Class tokens have learned more: 17 % of
-the five nearest are of the class, untrained 13, chance 10. One seed, 400 images.
-
     python dinov2.py
-    python lessons/dinov2_features.py runs/dinov2-shapes-s0/last.pt
-    python lessons/dinov2_features.py runs/dinov2-shapes-s0/last.pt --label 3 --size 64
+    python lessons/dinov2_features.py runs/dinov2-toys-s0/last.pt
+    python lessons/dinov2_features.py runs/dinov2-toys-s0/last.pt --label 3 --size 64
     python lessons/dinov2_features.py dinov2_vits14_pretrain.pth --dataset PATH --image-size 518
     python lessons/dinov2_features.py dinov2_vits14_reg4_pretrain.pth --registers 4 \\
         --dataset PATH --image-size 518
@@ -25,11 +20,11 @@ CHECKPOINT: last.pt or backbone.pt of dinov2.py, or a released file. Options tha
 is 12 patches, or as in training where that is more, up to 224.
 
 Writes lessons/dinov2_features.png: six images of a class, their foreground, their PCA and three
-pairs of them matched; below, images with those whose class tokens are nearest. On `shapes`, where
+pairs of them matched; below, images with those whose class tokens are nearest. On `toys`, where
 masks and classes are known, also lessons/dinov2_features.csv, of all classes: the foreground
 against the mask, patches of an object that are matched to an object, neighbours of the same class;
 beside the untrained network and chance. Patches are taken from images of --size, class tokens at
-the size of the training. Images are whole central squares: of `shapes` new ones, of other sets
+the size of the training. Images are whole central squares: of `toys` new ones, of other sets
 validation images, of a folder without labels all.
 """
 

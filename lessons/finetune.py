@@ -10,7 +10,7 @@ Three columns, from the same labels and tested on the same images:
   from random  the same network, steps and choice of learning rates, started from random weights
   frozen       logistic regression on the features of the backbone, which stays as it is
 
-    python lessons/finetune.py runs/simclr-shapes-s0/backbone.pt
+    python lessons/finetune.py runs/simclr-toys-s0/backbone.pt
     python lessons/finetune.py BACKBONE.pt --dataset PATH --epochs 30        transfer to another set
 
 Options that are not listed in --help (--limit, --device, ...) go to simclr.py, whose crops and
@@ -143,7 +143,7 @@ def main(argv=None):
     p = shared.parser(__doc__, "finetune", epochs=4)
     o = p.add_argument
     o("backbone", metavar="BACKBONE.pt")
-    o("--dataset", help="shapes, a torchvision set or a folder (that of the backbone)")
+    o("--dataset", help="toys, a torchvision set or a folder (that of the backbone)")
     o("--min-steps", **common.FROM_1, default=120, help="but at least so many steps (120)")
     o("--batch-size", **common.FROM_1, default=64, help="at most (64)")
     o("--lrs", **common.POSITIVE, nargs="+", default=[0.05, 0.2, 0.8],

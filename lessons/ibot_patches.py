@@ -9,14 +9,9 @@ A single hidden patch can be guessed from its neighbours; of a hidden block one 
 is part of. So a token is drawn to say which part of what it shows, and the same part elsewhere is
 to say the same.
 
-On `shapes` ibot.py's default run finds no parts yet. Two views, 12 x 12 patches: 8.0 % of the
-matches are the same place (untrained 5.2, random pairs 2.2), 20 % are on the object in both (24,
-7); two images of a class: 9 % (11, 3). At the size of the training, 4 x 4 patches: same place 29 %
-(25, 19). One seed, 200 images.
-
     python ibot.py
-    python lessons/ibot_patches.py runs/ibot-shapes-s0/last.pt
-    python lessons/ibot_patches.py runs/ibot-shapes-s0/last.pt --size 32
+    python lessons/ibot_patches.py runs/ibot-toys-s0/last.pt
+    python lessons/ibot_patches.py runs/ibot-toys-s0/last.pt --size 32
     python lessons/ibot_patches.py checkpoint_teacher.pth --dataset PATH --size 448
 
 CHECKPOINT: last.pt or backbone.pt of ibot.py, or a released file. Options that are not listed in
@@ -26,8 +21,8 @@ CHECKPOINT: last.pt or backbone.pt of ibot.py, or a released file. Options that 
 Writes lessons/ibot_patches.csv and lessons/ibot_patches.png: above, an image as the student gets
 it, with hidden blocks and with hidden single patches ("rand" in the released code); below, matched
 patches. The views are crops of 40 to 100 % of the area, one mirrored, in other colours: which place
-of one is which of the other is known. On `shapes` so are the objects. Random pairs: every patch of
-the one with every patch of the other. Images are whole central squares: of `shapes` new ones, of
+of one is which of the other is known. On `toys` so are the objects. Random pairs: every patch of
+the one with every patch of the other. Images are whole central squares: of `toys` new ones, of
 other sets validation images, of a folder without labels all.
 """
 

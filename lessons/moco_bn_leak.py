@@ -9,11 +9,7 @@ keys in the queue, and the pretext task is solved without looking at the image. 
 they are. With s splits the permutation of the keys puts a query and its key into different parts,
 which share about 1/s of their images.
 
-On `shapes` (2,000 images, 8 epochs, one seed, 200 validation images) the pretext accuracy ends at
-4.6, 4.0, 4.0, 1.6 % with 1, 2, 4, 8 parts, linear top-1 at 39.5, 39.5, 42, 37.5 %: so early no leak
-is to be found.
-
-    python lessons/moco_bn_leak.py --limit 2000            2 to 4 min on 2 CPU cores
+    python lessons/moco_bn_leak.py --limit 2000
     python lessons/moco_bn_leak.py --dataset cifar10 --epochs 100 --splits 1 8 --batch-size 256
 
 Options that are not listed in --help go to moco.py. Writes lessons/moco_bn_leak.csv, a line per run

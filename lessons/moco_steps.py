@@ -7,11 +7,7 @@ tau goes with the head, as in v2: 0.07 with the linear one, 0.2 with the MLP. Th
 added blur; the released code also has a weaker hue and a jitter of 80 % of the images. On images up
 to 64 pixels the recipes do not blur, so that these two are all of it; --blur 0.5 adds the blur.
 
-With 2,000 images of `shapes` (8 epochs, one seed, 200 validation images) v1 and (a) to (d) have 50,
-34, 40, 43.5 and 39.5 % linear: so early v2's changes do not pay, and with the MLP alone z is near a
-point (spread 0.05).
-
-    python lessons/moco_steps.py --limit 2000              6 min with one thread
+    python lessons/moco_steps.py --limit 2000
     python lessons/moco_steps.py --dataset cifar10 --epochs 200 --seeds 3
 
 The two ablations, v2 with other lengths of the queue and with other momenta of the key encoder:
