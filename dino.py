@@ -108,7 +108,7 @@ OPTIONS = {  # fmt: skip
     "local_scale":       (0.2,        0.1,        0.05,        SHARE,      "least area, local"),
     "blur":              (NO_BLUR,    NO_BLUR,    BLUR,        SHARES,     "in x1, x2, local"),
     "solarize":          (0.0,        0.2,        0.2,         SHARE,      "in x2"),
-    "epochs":            (24,         200,        100,         FROM_1,     "passes over the set"),
+    "epochs":            (16,         200,        100,         FROM_1,     "passes over the set"),
     "batch_size":        (64,         512,        256,         FROM_2,     "N (paper: 1024)"),
     "optimizer":         ("adamw",    "adamw",    "adamw",     "adamw|sgd", "sgd: for ResNets"),
     "lr":                (6e-3,       5e-4,       5e-4,        POSITIVE,   "peak, times N / 256"),

@@ -156,7 +156,7 @@ OPTIONS = {  # fmt: skip
     "local_scale":            (0.2,        0.1,        0.05,       SHARE,    "least area, local"),
     "blur":                   (NO_BLUR,    NO_BLUR,    (0.0, 0.9, 0.5), SHARES,   "in u, v, local"),
     "solarize":               (0.0,        0.2,        0.2,        SHARE,    "in v"),
-    "epochs":                 (16,         200,        100,        FROM_1,   "passes over the set"),
+    "epochs":                 (12,         200,        100,        FROM_1,   "passes over the set"),
     "batch_size":             (64,         512,        256,        FROM_2,   "N (paper: 3072)"),
     "hires_epochs":           (0,          0,          0,          FROM_0,   "with larger views"),
     "hires_size":             (48,         48,         518,        PIXELS,   "their side"),

@@ -115,7 +115,7 @@ OPTIONS = {  # fmt: skip
     "local_scale":      (0.2,        0.1,        0.05,       SHARE,      "least area, local"),
     "blur":             (NO_BLUR,    NO_BLUR,    BLUR,       SHARES,     "in u, v, local"),
     "solarize":         (0.0,        0.2,        0.2,        SHARE,      "in v"),
-    "epochs":           (16,         200,        100,        FROM_1,     "passes over the set"),
+    "epochs":           (12,         200,        100,        FROM_1,     "passes over the set"),
     "batch_size":       (64,         512,        256,        FROM_2,     "N (paper: 1024)"),
     "lr":               (4e-3,       5e-4,       5e-4,       POSITIVE,   "peak, times N / 256"),
     "warmup":           (0.1,        0.1,        0.1,        SHARE,      "share of steps"),
