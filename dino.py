@@ -103,7 +103,7 @@ OPTIONS = {  # fmt: skip
     "no_sharpening":     (False,      False,      False,       FLAG,       "tau_t is 1"),
     "image_size":        (32,         32,         224,         PIXELS,     "of a global view"),
     "local_size":        (16,         16,         local_side,  PIXELS,     "of a local view"),
-    "local_crops":       (4,          6,          8,           FROM_0,     "L"),
+    "local_crops":       (0,          6,          8,           FROM_0,     "L"),
     "global_scale":      (0.5,        0.4,        0.4,         SHARE,      "least area, global"),
     "local_scale":       (0.2,        0.1,        0.05,        SHARE,      "least area, local"),
     "blur":              (NO_BLUR,    NO_BLUR,    BLUR,        SHARES,     "in x1, x2, local"),
