@@ -82,7 +82,7 @@ OPTIONS = {  # fmt: skip
     "min_scale":          (0.5,        0.08,       0.08,       SHARE,      "least area of a crop"),
     "blur":               ((0.0, 0.0), (0.0, 0.0), (1.0, 0.1), TWO_SHARES, "in x1 and x2"),
     "solarize":           (0.0,        0.2,        0.2,        SHARE,      "in x2"),
-    "epochs":             (16,         200,        100,        FROM_1,     "(paper: 300, 1000)"),
+    "epochs":             (24,         200,        100,        FROM_1,     "(paper: 300, 1000)"),
     "batch_size":         (64,         512,        256,        FROM_2,     "N (paper: 4096)"),
     "optimizer":          ("sgd",      "sgd",      "lars",     "sgd|lars", "(paper: lars)"),
     "lr":                 (0.2,        0.12,       0.45,       POSITIVE,   "peak, times N / 256"),

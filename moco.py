@@ -92,7 +92,7 @@ OPTIONS = {  # fmt: skip
     "aug":          ("v2",       "v2",       "v2",       "v1|v2",       "v1: strong hue, no blur"),
     "min_scale":    (0.5,        0.08,       0.2,        SHARE,         "least area of a crop"),
     "blur":         (0.0,        0.0,        0.5,        SHARE,         "its probability, in v2"),
-    "epochs":       (20,         200,        200,        FROM_1,        "(v2: 200 and 800)"),
+    "epochs":       (24,         200,        200,        FROM_1,        "(v2: 200 and 800)"),
     "batch_size":   (64,         512,        256,        FROM_2,        "N"),
     "lr":           (0.12,       0.03,       0.03,       POSITIVE,      "at first, times N / 256"),
     "schedule":     ("cosine",   "cosine",   "cosine",   "step|cosine", "v1: step, v2: cosine"),
