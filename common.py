@@ -701,7 +701,7 @@ def health(h, z1, z2, *_, name="z", least=0.1):
                "uniformity": (-2 * torch.pdist(z1.cpu()).square()).exp().mean().log().item(),
                "rank_h": effective_rank(h), "rank_z": effective_rank(z1)}
     spread, rank = figures["spread"], figures["rank_z"]
-    word = "dimensional collapse" if rank < 0.05 * min(n, D) else "healthy"
+    word = "dimensional collapse" if rank < 0.03 * min(n, D) else "healthy"
     if spread < least:
         word = "collapsed to a point"
     figures["verdict"] = f"{word}: {name} has spread {spread:.2f} of 1, rank {rank:.0f} of {D}"

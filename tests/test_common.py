@@ -625,7 +625,7 @@ def test_knn():
 
 
 def test_health():
-    n, D = 200, 64
+    n, D = 200, 80
     h = draw(n, 10).float() * torch.logspace(0, -3, 10)
     z1 = F.normalize(draw(n, D, seed=1)).float()
     z2 = F.normalize(z1 + 0.05 * draw(n, D, seed=2).float())
