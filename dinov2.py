@@ -575,7 +575,7 @@ def train(args, run):
     state = {"net": net, "net_ema": net_ema, "centers": centers,
              "optimizer": optimizer, "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
-    undo = common.Undo(centers)  # what a failed step must not change; there is no batch norm
+    undo = common.Undo(net, net_ema, centers)  # centres, batch norm: if a step fails
     cls_weight = 0.0 if args.no_class_loss else 1.0
     patch_weight = 0.0 if args.no_token_loss else 1.0
     even = math.log(args.out_dim)  # of equal prototypes; a view without a mask counts as 0
