@@ -1209,6 +1209,22 @@ def test_a_set_that_is_not_there(monkeypatch, tmp_path, capsys):
     assert "cifar10" in error and "division" in error and str(tmp_path) in error
 
 
+@pytest.mark.parametrize("name", ["dino", "ibot", "dinov2"])
+def test_convolutional_stem(name, capsys):
+    """The printed lines rebuild the ViT of the built-in set in timm; views that it cannot halve."""
+    pytest.importorskip("timm")
+    file = method(name)
+    args = tools.completed(file, ["--patch-size", 4])
+    vit, x = file.build(args).backbone.eval(), draw(2, 3, 32, 32, dtype=torch.float32)
+    assert args.arch == "vit_conv" and vit.patch_embed(x).shape == (2, 96, 8, 8)
+    exec(file.loading(args), names := {})
+    names["net"].load_state_dict(vit.state_dict())
+    assert close(names["net"].eval().forward_features(x).detach(), vit(x).detach(), 1e-5)
+    for flags in (["--patch-size", 6, "--image-size", 36], ["--image-size", 36]):
+        args = tools.completed(file, flags)
+        assert "power of 2" in fails(lambda: file.check(args, 100), capsys)  # noqa: B023
+
+
 # ==================================================================================================
 # The built-in set
 # ==================================================================================================
