@@ -39,7 +39,7 @@ Where this file departs from the papers and the released code:
   - The linear probe is a regression on features of central crops (papers: SGD on random crops).
   - The built-in set has a recipe of its own, sized for a CPU.
 
-    python moco.py      114 s on 2 CPU cores: 96.6 % linear, 88.5 % k-NN (one run); the
+    python moco.py      178 s on 1 CPU core: 97.2 % linear, 88.5 % k-NN (one run); the
                         untrained network has 42.8 and 37.3 %, raw pixels have 27.1 and 38.2 %
 """
 
