@@ -82,8 +82,9 @@ NETWORKS = {  # task: the network of the method, perhaps its peer, those of floo
 }
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones;
-# the last two have not been measured. Where FixMatch has a value for CIFAR-10 it is in the second
-# column, but for --batch-size 512. common.py adds --dataset, --seed, --amp, --resume and so on.
+# the last two have not been measured. In the second column rate, batch and T_k are those of Han et
+# al. 2018 for CIFAR-10, mu and the threshold those of FixMatch, which has a batch of 512 in all.
+# common.py adds --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in     to 64 px     larger       allowed         meaning
     "task":         ("labeling",  "labeling",  "labeling",  one_of(NETWORKS), "what is known"),
@@ -105,8 +106,8 @@ OPTIONS = {  # fmt: skip
     "min_scale":    (0.5,         0.5,         0.3,         SHARE,          "least area of a crop"),
     "epochs":       (12,          200,         60,          FROM_1,         "passes over the set"),
     "batch_size":   (64,          128,         128,         FROM_2,         "N"),
-    "lr":           (4e-3,        0.015,       0.015,       POSITIVE,       "peak, times N / 256"),
-    "weight_decay": (0.01,        5e-4,        5e-4,        SHARE,          "L2 penalty"),
+    "lr":           (4e-3,        2e-3,        1e-3,        POSITIVE,       "peak, times N / 256"),
+    "weight_decay": (0.01,        0.01,        0.01,        SHARE,          "of AdamW"),
     "warmup":       (0.1,         0.1,         0.1,         SHARE,          "share of the steps"),
 }
 
@@ -285,7 +286,7 @@ def measures(x):
     height = mean(row**2).sqrt()
     column = column / width
     row = row / height
-    inside = 1 - F.max_pool2d(1 - thing, 3, 1, 1)  # without its edge
+    inside = 1 - F.max_pool2d(1 - thing, 3, 1, 1)  # without most of its edge
     down, across = [mean(inside * slope**2) for slope in torch.gradient(smooth, dim=(2, 3))]
     return {
         "tall": height / width,
@@ -644,7 +645,7 @@ def pseudo(args, data, run):
     return parts, inputs, losses
 
 
-TASKS = dict(zip(NETWORKS, [labeling, bags, noisy, pseudo]))
+TOLD = dict(zip(NETWORKS, [labeling, bags, noisy, pseudo]))
 
 
 def check(args, run):
@@ -668,7 +669,7 @@ def train(args, run):
     print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g}")
     args.classes = 1 + int(data.train.labels.max())
     check(args, run)
-    parts, inputs, losses = TASKS[args.task](args, data, run)
+    parts, inputs, losses = TOLD[args.task](args, data, run)
     batches = Batches(data, parts)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 
