@@ -37,8 +37,8 @@ Symbols: x (n, 3, S, S) in [0, 1]; h (n, d); s (n, C) logits; y (n,) labels; vot
 sources, -1 abstains; posterior (n, C); mask (bags, k), true where a bag has an image; a (bags, k).
 
 Where this file departs from the papers:
-  - One frame for all: the same networks, crops and flips, AdamW (FixMatch: SGD), warm-up and a
-    cosine.
+  - One frame for all: the same networks, crops and flips, AdamW (FixMatch: SGD), and a rate that
+    rises and falls with a half cosine.
   - labeling: EM (paper: stochastic gradients with Gibbs sampling), independent sources, classes
     equally frequent. On the built-in set a source has a probability for each pair of class and
     answer (Dawid & Skene 1979), for it abstains more often for some classes than for others;
@@ -49,8 +49,8 @@ Where this file departs from the papers:
     loss is their mean (released code: divided by their number once more). T counts from 0.
   - pseudo: strong views are smaller crops, jitter and grey (paper: RandAugment or CTAugment, then
     Cutout), weak ones larger crops (paper: shifts). No average of the weights, and the rate falls
-    to 0 (paper: to about 0.2 of its peak). Lee's loss is that of
-    --threshold 0, there of one view and with a growing weight.
+    to 0 (paper: to about 0.2 of its peak). Lee's loss is that of --threshold 0, there of one view
+    and with a growing weight.
   - With several GPUs each selects among its own images.
   - No linear probe, as in the other files: what is evaluated is the classifier itself.
 

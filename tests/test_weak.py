@@ -707,7 +707,7 @@ def test_networks_share_nothing(tmp_path):
     assert any("plain" in k for k in changed) and any("peer" in k for k in changed)
 
 
-@pytest.mark.parametrize("task", ["bags", "noisy", "pseudo"])
+@pytest.mark.parametrize("task", weak.NETWORKS)
 def test_resume(task, tmp_path):
     """Bit for bit, also where a task has drawn bags, wrong labels or few ones."""
     argv = [*SHORT, "--epochs", 2, "--bag-size", 4, "--task", task, "--out"]
