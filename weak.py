@@ -55,7 +55,12 @@ Where this file departs from the papers:
   - With several GPUs each selects among its own images.
   - No linear probe, as in the other files: what is evaluated is the classifier itself.
 
-    python weak.py    not yet measured
+    python weak.py --task ...    test accuracy in %, of bags AUC; seed 0, one run each, on a CPU
+                method   floor   ceiling
+    labeling      92.0    84.3      99.5    labels: 83.6 % right by the model, 71.6 by majority
+    bags         100.0    94.5     100.0    images by attention: 100.0
+    noisy         96.9    75.3      99.8    half of the labels wrong
+    pseudo        91.7    89.1      99.8    10 labels a class
 """
 
 import inspect
