@@ -693,7 +693,7 @@ def test_regression_path():
     keep = (y != 0) | (torch.arange(240) % 4 == 0)  # uneven classes: the bias matters
     data = x[keep], y[keep], *blobs(6000, 0.5, seed=1)
     with torch.no_grad():  # as evaluation calls it
-        path = simclr.regression_path(*data, PENALTIES)
+        path = list(simclr.regression_path(*data, PENALTIES))
     assert path == pytest.approx([newton(*data, penalty) for penalty in PENALTIES], abs=0.1)
     for mistake in ("no bias", "bias decays", "penalty times 10", "no penalty", "not standardised"):
         assert abs(newton(*data, 0.1, mistake) - path[1]) > 2, mistake
@@ -702,7 +702,7 @@ def test_regression_path():
 def test_linear_probe():
     """The penalty is chosen on val, never on test; the test's classifier is of fit and val."""
     fit, val, test = blobs(12, 0.9), blobs(90, 0.9, seed=10), blobs(900, 0.9, seed=20)
-    on_val = simclr.regression_path(*fit, *val, PENALTIES)
+    on_val = list(simclr.regression_path(*fit, *val, PENALTIES))
     assert simclr.linear_probe(fit, val, penalties=PENALTIES) == max(on_val) == on_val[1]
     both = torch.cat([fit[0], val[0]]), torch.cat([fit[1], val[1]])
     got = simclr.linear_probe(fit, val, test, PENALTIES)
@@ -1316,7 +1316,7 @@ def test_guards_of_toys():
     images, labels, parts, _, _ = common.toys(3000, 32, 0)
 
     def linear(x):
-        return simclr.regression_path(x[::2], labels[::2], x[1::2], labels[1::2], [1e-2])[0]
+        return list(simclr.regression_path(x[::2], labels[::2], x[1::2], labels[1::2], [1e-2]))[0]
 
     def knn(x):
         return common.knn((x[::2], labels[::2]), (x[1::2], labels[1::2]))
