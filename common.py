@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +134,7 @@ def options(method, doc, table, argv=None):
     o = p.add_argument_group("data").add_argument
     o("--dataset", default=BUILT_IN, help=f"a name or a folder ({BUILT_IN}, {', '.join(SETS)})")
     o("--data-dir", default="data", help="where downloaded sets are kept (data)")
+    o("--labelled", metavar="SET", help="for the probes, where --dataset has no labels")
     o("--limit", **FROM_1, help="use only so many training images (all)")
     o("--workers", **FROM_0, default=cores(), help="readers of files (a core each)")
     o("--memory-limit", **number(float, 0), default=8, help="GB; more is streamed (8)")
@@ -150,6 +151,7 @@ def options(method, doc, table, argv=None):
     o("--eval-every", **FROM_0, help="epochs (a quarter of the run; 0: never)")
     o("--knn-k", **FROM_1, default=20, help="neighbours (20)")
     o("--knn-tau", **POSITIVE, default=0.07, help="temperature of their votes (0.07)")
+    o("--embed", metavar="FILE", help="write h, name and label of every image (.npz)")
     args = p.parse_args(argv)
     if args.init and args.eval:
         fail("--init starts a training and --eval does without one: give one of the two")
@@ -179,7 +181,12 @@ def load_data(args, table, run):
         args.eval_every = math.ceil(args.epochs / 4)
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
     print(f"recipe {['built-in', 'small', 'large'][column]}: {recipe}")
-    data.read(args.image_size, run.device, args.memory_limit, args.workers)
+    how = args.image_size, run.device, args.memory_limit, args.workers
+    data.read(*how)
+    if args.labelled:
+        data.probed = Data(args.labelled, args.data_dir)
+        data.probed.read(*how)
+        data.labelled or fail(f"--labelled {printable(args.labelled)} has no labels, either")
     args.images = n = len(data.train.labels)
     print(f"{n:,} training images, {len(data.val[1]):,} validation images")
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
@@ -460,8 +467,8 @@ class Run:
 
     def _shape(self):
         """The options that shape a run, and so have to be the same when it is resumed."""
-        free = ("resume out device dataset data_dir workers memory_limit compile eval_every knn_k "
-                "knn_tau").split()
+        free = ("resume out device dataset data_dir labelled workers memory_limit compile "
+                "eval_every knn_k knn_tau embed").split()
         options = {k: v for k, v in vars(self.args).items() if k not in free}
         return options | {"processes": self.world}
 
@@ -663,6 +670,31 @@ def embed(f, part, crops, run, limit=None):
     if run.world > 1:  # process r has rows r, r + world, ...
         columns = [torch.stack(run.gather(c).chunk(run.world), 1).flatten(0, 1) for c in columns]
     return [c[: len(index)] for c in columns]
+
+
+def export(f, data, crops, run):
+    """With --embed, write h = f(views)[0] (n, d) of the images of all splits as .npz, with name (of
+    the file, or a number), split and label (-1: unknown), each (n,); without broken files."""
+    if not run.args.embed:
+        return
+    splits = {k: data.train if k == "train" else data.load(k) for k in data.parts}
+    features, columns = [], {"name": [], "split": [], "label": []}
+    for split, images in splits.items():
+        every = torch.arange(len(images.labels))
+        h, i = (x.cpu() for x in embed(f, (replace(images, labels=every), every), crops, run))
+        good = i == every  # in place of a broken file stands another
+        features.append(h[good].numpy())
+        columns["name"] += [str(images.names[j]) for j in i[good]]
+        columns["split"] += [split] * len(features[-1])
+        columns["label"] += images.labels[good].tolist()
+    h = np.concatenate(features)
+
+    def save(part):
+        with open(part, "wb") as file:  # a name without .npz would get one
+            np.savez(file, h=h, **columns)
+
+    write(run.args.embed, save)
+    print(f"{printable(run.args.embed)}: h {h.shape} of {', '.join(splits)}")
 
 
 def knn(fit, val, test=None, k=20, tau=0.07):
@@ -1087,13 +1119,14 @@ SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}  
 class Images:
     """N images: labels (N,) int64, -1 unknown, and either files, to be read with a shorter side of
     at most `shorter`, or on the device pixels (N, 3, H, W) uint8, padded at the right and bottom,
-    with sizes (N, 2) height, width."""
+    with sizes (N, 2) height, width. names: the files', or numbers."""
 
     labels: torch.Tensor
     pixels: torch.Tensor = None
     sizes: torch.Tensor = None
     files: list = None
     shorter: int = None
+    names: list = None
 
     def read(self, i):
         """i and the pixels of file i. A broken file leaves the set, another is drawn for it."""
@@ -1121,6 +1154,7 @@ class Data:
 
     def __init__(self, name, root="data", limit=None):
         self.side, self.parts, self.limit = None, {}, limit
+        self.probed = self  # the set the probes are fitted, chosen and tested on
         if name == BUILT_IN:
             self.parts = {k: (range(min(n, limit or n)), None) for k, n in SIZES.items()}
         elif name in SETS:
@@ -1197,7 +1231,7 @@ class Data:
 
     @property
     def labelled(self):
-        return bool((self.train.labels >= 0).any())
+        return bool((self.probed.train.labels >= 0).any())
 
     @functools.cached_property
     def test(self):
@@ -1206,12 +1240,14 @@ class Data:
 
     def splits(self, test):
         """(images, index) of fit and val, or of fit, val and test."""
-        return [self.fit, self.val, self.test] if test else [self.fit, self.val]
+        probed = self.probed
+        return [probed.fit, probed.val] + ([probed.test] if test else [])
 
     def load(self, split):
         """The Images of a split: in memory, on the device, or as files where that would take more
         than memory_gb."""
         items, labels = self.parts[split]
+        names = items if isinstance(items[0], str) else range(len(items))
         size, device, memory_gb, workers = self.how
         if isinstance(items, range):
             made, labels, *_ = toys(len(items), size, seed=["train", "test"].index(split))
@@ -1221,13 +1257,13 @@ class Data:
             if not items:
                 print(f"{split}: {len(files):,} images take over --memory-limit {memory_gb:g} GB: "
                       f"streamed by {workers} threads")
-                return Images(labels, files=[*files], shorter=3 * size)
+                return Images(labels, files=[*files], shorter=3 * size, names=names)
             report_broken({f: x for f, x in zip(files, items) if isinstance(x, str)})
             good = [i for i, x in enumerate(items) if not isinstance(x, str)]
             good = good or fail(f"none of the {len(files)} {split} images can be read")
-            items, labels = [items[i] for i in good], labels[good]
+            items, labels, names = [items[i] for i in good], labels[good], [names[i] for i in good]
         sizes = torch.tensor([image.shape[:2] for image in items])
-        return Images(labels, pad(items, sizes).to(device), sizes.to(device))
+        return Images(labels, pad(items, sizes).to(device), sizes.to(device), names=names)
 
     def epoch(self, number, first, batch_size, crops, run, seed):
         """Batches of a shuffled pass over the training images from batch `first` on; with several

@@ -643,6 +643,8 @@ def evaluate(net, data, args, run, test=False):
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
         results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+    if test:
+        common.export(lambda x: net(*x)[:1], data, view, run)  # with --embed
     net.train()
     return run.report(results, test)
 

@@ -937,6 +937,8 @@ def evaluate(net, data, args, run, test=False):
         results |= accuracies(lambda x: features(floor, *x, args)[:1], ["untrained_"], view, splits,
                               run)
         results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+    if test:
+        common.export(lambda x: features(net, *x, args)[:1], data, view, run)  # with --embed
     net.train()
     return run.report(results, test)
 

@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import math
+import multiprocessing.forkserver
 import os
 import re
 import runpy
@@ -1033,6 +1034,42 @@ def test_folders_without_labels(tmp_path, counts, capsys):
     assert "no train/<class>/*, so no labels; images: train 11; 0 other" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("memory_gb", [8.0, 0.0], ids=["in memory", "streamed"])
+def test_embed_writes_every_image_once(tmp_path, memory_gb):
+    root = Path(tree(tmp_path / "set", train__a=12, train__b=8, test__b=3))
+    (root / "train" / "b" / "5.png").write_text("broken")
+    data = common.Data(str(root))
+    data.read(16, CPU, memory_gb, 1)
+    run = SimpleNamespace(args=SimpleNamespace(embed=str(tmp_path / "file"), workers=1, seed=0),
+                          world=1, rank=0, device=CPU, autocast=contextlib.nullcontext)
+    common.export(lambda views: [views[0].mean((2, 3))], data, CENTRE, run)
+    with np.load(tmp_path / "file") as saved:
+        h, name, split, label = (saved[k] for k in ("h", "name", "split", "label"))
+    files = [Path(n) for n in name]
+    assert len({*files}) == len(h) == 22 and root / "train" / "b" / "5.png" not in files
+    assert split.tolist() == [f.parts[-3] for f in files] == ["train"] * 19 + ["test"] * 3
+    assert label.tolist() == classes_of(files)
+    colours = np.array([[10 * int(f.stem), 100, 0] for f in files]) / 255
+    assert np.abs(h - colours).max() < 1e-6
+
+
+def test_probes_on_another_set(tmp_path, capsys):
+    """--labelled: its images are what is probed, those of --dataset train and are judged."""
+    mine, labelled = tree(tmp_path / "mine", x=40), tree(tmp_path / "set", **TRAIN, test__b=7)
+    argv = ["--dataset", mine, "--labelled", labelled, "--image-size", 16, "--batch-size", 8,
+            "--epochs", 1, "--device", "cpu", "--arch", "convnet", "--out", tmp_path / "run"]
+    results, out = tools.quiet(simclr, argv)
+    assert "40 training images, 4 validation images" in out and "20, test 7" in out
+    assert all(0 <= results[k] <= 100 for k in ("linear_top1", "untrained_knn_top1"))
+    _, data, _ = tools.train(simclr, argv)
+    assert len(data.val[1]) == 4 and data.labelled
+    parts = data.splits(True)
+    assert [len(index) for _, index in parts] == [17, 3, 7]
+    assert [images.labels[index].min() >= 0 for images, index in parts] == [True] * 3
+    argv[3] = mine
+    assert f"--labelled {mine} has no labels" in refused(simclr, argv, capsys)
+
+
 def test_what_is_no_data_is_left_out(tmp_path, capsys):
     """Hidden names, other files, runs; links are followed, once."""
     tree(tmp_path / "data", train__a=3, test__a=2)
@@ -1362,6 +1399,7 @@ def background(request, tmp_path_factory):
     items = [item for item in request.session.items if item.path == request.path]
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision", "matplotlib.figure"])
+    multiprocessing.forkserver.ensure_running()  # before a test changes the environment
     if any("both" in item.fixturenames for item in items):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -1452,7 +1490,8 @@ def test_the_backbone_is_the_one_that_was_evaluated(finished):
     results = strict_json((folder / "results.json").read_text())
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     for source in ("last.pt", "backbone.pt"):
-        argv = tiny(name, "--eval", folder / source, "--out", folder)
+        file = folder.parent / "h.npz"
+        argv = tiny(name, "--eval", folder / source, "--out", folder, "--embed", file)
         net, data, run = tools.train(method(name), argv)
         net.eval()
         with torch.no_grad():
@@ -1466,6 +1505,9 @@ def test_the_backbone_is_the_one_that_was_evaluated(finished):
             for k, v in again.items():
                 if k != "verdict" and not (source == "backbone.pt" and k.startswith(random)):
                     assert v == pytest.approx(results[k], abs=1e-3), k
+            with np.load(file) as saved, torch.no_grad():
+                five = names["net"].eval()((data.train.pixels[:5] / 255 - mean) / std)
+                assert close(saved["h"][:5], five, 1e-5)
     assert before == {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
