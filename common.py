@@ -166,15 +166,22 @@ def show_value(value):
 
 
 def load_data(args, table, run):
-    """Find the set, take what is left open in args from its column of the table, read it."""
+    """Find the set, take what is left open in args from its column of the table, read it.
+
+    Without a GPU images up to 64 pixels have the recipe of the built-in set.
+    """
     data = Data(args.dataset, args.data_dir, args.limit)
     column = 0 if data.side is None else 1 if data.side <= 64 else 2
+    if column == 1 and run.device.type == "cpu":
+        column = 0
+        print(f"no GPU, so a recipe for a CPU, not arch={table['arch'][1]} "
+              f"epochs={table['epochs'][1]} of the one for images up to 64 pixels")
     for name, row in table.items():  # in order: a function may use the rows above its own
         if getattr(args, name) is None:
             value = row[column]
             if callable(value):
                 value = value(args, len(data.parts["train"][0]))
-            elif name == "image_size" and data.side:
+            elif name == "image_size" and column:
                 value = min(value, data.side)
             setattr(args, name, [*value] if isinstance(value, tuple) else value)
     if args.eval_every is None:

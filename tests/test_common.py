@@ -138,13 +138,15 @@ def test_the_table_is_the_command_line(name, capsys, monkeypatch):
 @every
 def test_what_is_left_open_comes_from_the_column(name, capsys):
     file, names = method(name), ["built-in", "small", "large"]
-    for column, side in enumerate((None, 32, 300)):
-        args = tools.completed(file, [], side, n=5000)
+    cases = (0, None, "cuda"), (1, 32, "cuda"), (2, 300, "cuda"), (0, 28, "cpu"), (2, 300, "cpu")
+    for column, side, device in cases:
+        args = tools.completed(file, [], side, n=5000, device=device)
         printed = capsys.readouterr().out
         assert f"recipe {names[column]}:" in printed
+        assert ("no GPU, so a recipe for a CPU" in printed) == (side == 28)
         for k, row in file.OPTIONS.items():
             value = row[column](args, 5000) if callable(row[column]) else row[column]
-            value = min(value, side or value) if k == "image_size" else value
+            value = min(value, side) if k == "image_size" and column else value
             assert getattr(args, k) == ([*value] if isinstance(value, tuple) else value), k
             assert f" {k}=" in printed
         assert args.eval_every == math.ceil(args.epochs / 4) and args.images == 5000
