@@ -83,7 +83,8 @@ MISTAKES = [
             "The loss stays high, even on a single batch.", "tensorflow/similarity#237"),
     Mistake("your loss takes the logarithm of a mean, not the mean of logarithms", "simclr.py",
             "nt_xent",
-            "return F.cross_entropy(s, j)", "return -s.softmax(1).gather(1, j[:, None]).mean().log()",
+            "return F.cross_entropy(s, j)",
+            "return -s.softmax(1).gather(1, j[:, None]).mean().log()",
             SIMCLR + "test_nt_xent_equation",
             "Easy images get the gradient, hard ones hardly any.", ""),
     Mistake("your loss overflows, for it takes exponentials one by one", "simclr.py", "nt_xent",
@@ -110,7 +111,7 @@ MISTAKES = [
     Mistake("your cosine has another length than the run", "simclr.py", "lr_at",
             "math.pi * (step - warmup)", "3 * math.pi * (step - warmup)",
             SIMCLR + "test_lr_at",
-            "T_max was the batches of an epoch and step() came once an epoch: the rate went up again.",
+            "T_max was in batches and step() came once an epoch: the rate went up and down.",
             "sthalles/SimCLR#43"),
     Mistake("your LARS adapts and decays biases too", "simclr.py", "LARS.step",
             " if p.ndim > 1]", "]",
@@ -128,7 +129,7 @@ MISTAKES = [
     Mistake("your key encoder follows in the wrong direction", "moco.py", "ema_update",
             "1 - m,", "m,",
             MOCO + "test_ema_update",
-            "The key encoder jumps to the query encoder; the keys of a queue no longer fit together.",
+            "The key encoder jumps to the query encoder, and the keys of a queue do not fit together.",
             ""),
     Mistake("your queue holds the positives when it is read", "moco.py", "train",
             "            q, k = F.normalize(q.float()), F.normalize(k.float())\n",
@@ -225,7 +226,7 @@ MISTAKES = [
     Mistake("you subtract the centre from the student", "dino.py", "dino_loss",
             "F.log_softmax(s / tau_s, dim=1)", "F.log_softmax((s - center) / tau_s, dim=1)",
             DINO + "test_dino_loss_equation",
-            "What the centre takes from the teacher it takes from the student: it holds off nothing.",
+            "What the centre takes from the teacher it takes from the student as well.",
             ""),
     Mistake("your student meets the teacher of its own view", "dino.py", "dino_loss",
             "t_sum - t[j] if j < len(t) else t_sum", "t_sum",
@@ -263,14 +264,16 @@ MISTAKES = [
     Mistake("your teacher drops paths", "dino.py", "train",
             "net_ema = build(args)", "net_ema = build(args, args.drop_path)",
             DINO + "test_the_teacher_drops_no_paths",
-            "The teacher answers at random; it was frozen and put in eval mode.", "lightly-ai/lightly-train#111"),
+            "The teacher answers at random; it was frozen and put in eval mode.",
+            "lightly-ai/lightly-train#111"),
     Mistake("your teacher's temperature is that of the next step", "dino.py", "tau_at",
             "step / (warmup * steps)", "(step + 1) / (warmup * steps)",
             DINO + "test_tau_at",
             "Nothing: a shift by one is too small to see, and a run cannot be compared.", ""),
     Mistake("you freeze the last layer of the teacher", "dino.py", "train",
             "net.head.last_layer.zero_grad()", "net_ema.head.last_layer.zero_grad()",
-            DINO + "test_flags_change_the_algorithm[--freeze-last-layer 1-decay of the frozen layer]",
+            DINO + "test_flags_change_the_algorithm"
+            "[--freeze-last-layer 1-decay of the frozen layer]",
             "The teacher has no gradient to cancel, and the student's layer is not frozen.",
             "lightly-ai/lightly#1596"),
     Mistake("your last layer never thaws", "dino.py", "train",
@@ -346,7 +349,7 @@ MISTAKES = [
     Mistake("your patches include the registers", "dinov2.py", "DINOv2.forward",
             "x[:, 1 + self.backbone.registers :]", "x[:, 1:]",
             DINOV2 + "test_hidden_patches[--registers 2 --tied-heads]",
-            "Without registers all is well; with four the mean of the patches had four tokens more.",
+            "The mean over patches had four tokens too many, in networks with registers alone.",
             "huggingface/transformers#37817"),
     Mistake("you divide the patches' centre by another number", "dinov2.py", "mean_of_all",
             "(sums[:-1] / sums[-1].clamp(min=1))", "sums[:-1]",
@@ -475,7 +478,7 @@ def outcome(sources, tests, *flags):
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         with in_memory(sources):
             code = pytest.main([*argv, *(str(ROOT / test) for test in tests)], [reports])
-    if code not in (0, 1) and not reports.failed:
+    if code not in (0, 1, 5) and not reports.failed:  # 5: -k left none
         raise RuntimeError(printed.getvalue())
     return reports
 
@@ -487,8 +490,8 @@ def outcome(sources, tests, *flags):
 INTRODUCTION = """# The museum of bugs
 
 Ways in which implementations of these methods went wrong: what it was, what one saw, where it is in
-the public record. Each stands in `tests/mistakes.py` as a patch of a line or two on the file here, and
-`python -m pytest tests/test_museum.py` shows that the named test fails with it. Where there is no
+the public record. Each stands in `tests/mistakes.py` as a patch of a line or two on the file here,
+and `python -m pytest tests/test_museum.py` shows that the named test fails with it. Where there is no
 record, what one saw is what one would see.
 """
 
