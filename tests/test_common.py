@@ -1706,6 +1706,17 @@ def two_processes(rank, port, folder):
     torch.save(found, f"{rank}.pt")
 
 
+def test_gather_keeps_the_gradient(monkeypatch):
+    """On the second of two processes; DistributedDataParallel halves the sum of both."""
+    other, x = draw(3, 2), draw(3, 2, seed=1).requires_grad_()
+    monkeypatch.setattr(common.dist, "all_gather",
+                        lambda parts, own: [p.copy_(t) for p, t in zip(parts, (other, own))])
+    whole = common.Run.gather(SimpleNamespace(world=2, rank=1), x)
+    weights = draw(6, 2, seed=2)
+    (whole * weights).sum().backward()
+    assert torch.equal(whole, torch.cat([other, x])) and close(x.grad, 2 * weights[3:])
+
+
 @every
 def test_two_processes_are_one(name, both, tmp_path):
     """Three steps of the file: weights, moments, EMA, queue and centre are those of one process

@@ -1,0 +1,169 @@
+"""How much of a file do its tests hold? Changes to its losses and its step, one at a time.
+
+    python benchmarks/mutation.py simclr    writes the rows of simclr in benchmarks/mutation.csv
+
+Of the sections "Loss" and "EMA / queue / centre" and the block `# -- step` each operator, constant,
+order of arguments, condition and detach is changed and each statement without a result left out. The
+tests of the file run with the changed source in memory; they kill a mutant if one of them fails. What
+survives is a missing test, or stands in EQUIVALENT with the reason why nothing can tell it.
+"""
+
+import argparse
+import ast
+import copy
+import csv
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import mistakes  # noqa: E402
+
+TABLE = ROOT / "benchmarks" / "mutation.csv"
+OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+         ast.Mod: ast.FloorDiv, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+         ast.Eq: ast.NotEq, ast.And: ast.Or, ast.Or: ast.And}
+
+EQUIVALENT = {  # change -> why it makes no difference, or none that a CPU in float32 shows
+}
+
+
+# ==================================================================================================
+# Changes
+# ==================================================================================================
+
+
+def regions(source):
+    """(name, nodes) of the losses, of the updates of the state, and of the step."""
+    parts = re.split(r"^# ={50,}\n# (.+)\n# ={50,}\n", source, flags=re.M)
+    pure = [node.name for section in ("Loss", "EMA / queue / centre")
+            for node in ast.parse(parts[parts.index(section) + 1]).body
+            if isinstance(node, ast.FunctionDef)]
+    functions = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)}
+    for name in pure:
+        yield name, [functions[name]]
+    rows = source.split("\n")
+    train = functions["train"]
+    first, last = (next(i for i in range(train.lineno, len(rows)) if fence in rows[i])
+                   for fence in ("# -- step", "# -- log and save"))
+    yield "train", [node for node in ast.walk(train) if isinstance(node, ast.stmt)
+                    and first < node.lineno - 1 and node.end_lineno <= last]
+
+
+def changes(node):
+    """Other text for this node."""
+    new = copy.deepcopy(node)
+    match node:
+        case ast.BinOp(op=ast.MatMult()):
+            new.left, new.right = new.right, new.left
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in OTHER:
+            new.op = OTHER[type(op)]()
+        case ast.Compare(ops=[op]) if type(op) in OTHER:
+            new.ops = [OTHER[type(op)]()]
+        case ast.UnaryOp():
+            new = new.operand
+        case ast.Constant(value=bool(value)):
+            new.value = not value
+        case ast.Constant(value=0 | 1 as value):
+            new.value = 1 - value
+        case ast.Constant(value=int(value) | float(value)):
+            new.value = 2 * value
+        case ast.Call(func=ast.Attribute(attr="detach")):
+            new = new.func.value
+        case ast.Call(func=ast.Attribute(attr="normalize")):
+            new = new.args[0]
+        case ast.Call(func=ast.Attribute(attr="mean" | "sum" as attr)):
+            new.func.attr = {"mean": "sum", "sum": "mean"}[attr]
+        case ast.List(elts=[_, _, *_]) | ast.Tuple(elts=[_, _, *_]):
+            new.elts[:2] = new.elts[1::-1]
+        case ast.IfExp():
+            yield f"({ast.unparse(new.body)})"
+            new = new.orelse
+        case ast.If():
+            new.test = ast.UnaryOp(ast.Not(), new.test)
+        case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Assign(targets=[ast.Subscript()]):
+            new = ast.Pass()
+        case _:
+            new = None
+    if new:
+        yield f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
+    if isinstance(node, ast.Call):
+        match node.args:
+            case [ast.expr() as a, ast.expr() as b, *_] if not isinstance(b, ast.Starred):
+                new = copy.deepcopy(node)
+                new.args[:2] = [b, a]
+                yield ast.unparse(new)
+
+
+def mutants(source):
+    """(function, line, change, changed source) of every one."""
+    starts = [0]
+    for row in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(row))
+    for name, nodes in regions(source):
+        seen = {}
+        for top in nodes:
+            seen |= {id(n): n for n in ast.walk(top)}
+        for node in seen.values():
+            if isinstance(node, ast.FunctionDef) and node.decorator_list:
+                node = node.decorator_list[0]
+                yield name, node.lineno, "@torch.no_grad() left out", re.sub(
+                    rf"@torch.no_grad\(\)\n(def {name}\()", r"\1", source)
+                continue
+            if not hasattr(node, "end_col_offset"):
+                continue
+            begin = starts[node.lineno - 1] + node.col_offset
+            end = starts[node.end_lineno - 1] + node.end_col_offset
+            for text in changes(node):
+                text = text.replace("\n", "\n" + " " * node.col_offset)
+                old = ast.unparse(node).split("\n")[0]
+                yield (name, node.lineno, f"{old} -> {text.split(chr(10))[0]}",
+                       source[:begin] + text + source[end:])
+
+
+# ==================================================================================================
+# Their end
+# ==================================================================================================
+
+
+def killer(method, name, source):
+    """The test that fails with this source, or None."""
+    file = f"tests/test_{method}.py"
+    doc = re.search(rf"^def {name}\(.*?Test: (test_\w+)", source, re.M | re.S)
+    near = [f"-k={doc[1]}"] if doc and name != "train" else ["-k=algorithm"]
+    for tests, flags in (([file], near), ([file], []),
+                         (["tests/test_common.py"], [f"-k={method} and failed_step"])):
+        found = mistakes.outcome({method: source}, tests, *flags).failed
+        if found:
+            return [*found][0].split("::")[-1]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("method", choices=sorted(f.stem[5:] for f in ROOT.glob("tests/test_*.py")
+                                                 if (ROOT / f"{f.stem[5:]}.py").exists()))
+    parser.add_argument("--function", default="", help="only this one; nothing is written")
+    args = parser.parse_args(argv)
+    source, rows = (ROOT / f"{args.method}.py").read_text(), []
+    for name, line, change, changed in mutants(source):
+        if args.function not in ("", name):
+            continue
+        test = killer(args.method, name, changed)
+        result = "killed" if test else "equivalent" if change in EQUIVALENT else "survived"
+        rows.append([args.method, name, line, change, result, test or EQUIVALENT.get(change, "")])
+        print(*rows[-1][1:], sep=" | ", flush=True)
+    counts = {r: sum(row[4] == r for row in rows) for r in ("killed", "equivalent", "survived")}
+    print(f"{args.method}: {len(rows)} mutants,", ", ".join(f"{n} {r}" for r, n in counts.items()))
+    if args.function:
+        return
+    others = list(csv.reader(TABLE.open()))[1:] if TABLE.exists() else []
+    rows = sorted([row for row in others if row[0] != args.method] + rows, key=lambda row: row[0])
+    with TABLE.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(
+            [["method", "function", "line", "change", "result", "by"], *rows])
+
+
+if __name__ == "__main__":
+    main()
