@@ -129,7 +129,7 @@ MISTAKES = [
     Mistake("your key encoder follows in the wrong direction", "moco.py", "ema_update",
             "1 - m,", "m,",
             MOCO + "test_ema_update",
-            "The key encoder jumps to the query encoder, and the keys of a queue do not fit together.",
+            "The key encoder jumps to the query encoder: the keys of a queue do not fit together.",
             ""),
     Mistake("your queue holds the positives when it is read", "moco.py", "train",
             "            q, k = F.normalize(q.float()), F.normalize(k.float())\n",
@@ -491,8 +491,8 @@ INTRODUCTION = """# The museum of bugs
 
 Ways in which implementations of these methods went wrong: what it was, what one saw, where it is in
 the public record. Each stands in `tests/mistakes.py` as a patch of a line or two on the file here,
-and `python -m pytest tests/test_museum.py` shows that the named test fails with it. Where there is no
-record, what one saw is what one would see.
+and `python -m pytest tests/test_museum.py` shows that the named test fails with it. Where there is
+no record, what one saw is what one would see.
 """
 
 
