@@ -2,7 +2,7 @@
 
     python benchmarks/mutation.py simclr    writes the rows of simclr in benchmarks/mutation.csv
 
-In the sections "Loss" and "EMA / queue / centre" and the block `# -- step`, each operator, constant,
+In the sections "Loss" and "EMA / queue / centre" and the block `# -- step`, each operator, number,
 order of arguments or results, condition and detach is changed, and each statement without a result
 left out. The tests of the file run with the changed source in memory; a mutant is killed if one of
 them fails. What survives is a missing test, or stands in EQUIVALENT with the reason.
@@ -169,7 +169,7 @@ def main(argv=None):
     parser.add_argument("method", choices=sorted(f.stem[5:] for f in ROOT.glob("tests/test_*.py")
                                                  if (ROOT / f"{f.stem[5:]}.py").exists()))
     parser.add_argument("--function", default="", help="only this one; nothing is written")
-    parser.add_argument("--quick", action="store_true", help="the nearest tests alone, to look around")
+    parser.add_argument("--quick", action="store_true", help="with the nearest tests alone")
     args = parser.parse_args(argv)
     source, rows = (ROOT / f"{args.method}.py").read_text(), []
     lines = source.split("\n")
