@@ -44,6 +44,13 @@ EQUIVALENT = {  # (code, change) -> why nothing can tell it
     ("return m * center + (1 - m) * teacher.mean(0, keepdim=True)", "True -> (False)"): BROADCAST,
     ("Q -= gather(columns).logsumexp(0, keepdim=True) if gather else columns",
      "True -> (False)"): BROADCAST,
+    ("random_keys = max(0.0, 1 - (step + 1) * N / K)",
+     "max(0.0, 1 - (step + 1) * N / K) -> max(1 - (step + 1) * N / K, 0.0)"): "max is symmetric",
+    ("masks = draw_masks(step, args, run).to(run.device, non_blocking=True)",
+     "True -> (False)"): "only faster on a GPU",
+    ("for C, outputs in ((center, t), (center_patch[0], t_patch.flatten(0, 1))):",
+     "((center, t), (center_patch[0], t_patch.flatten(0, 1))) -> "
+     "(((center_patch[0], t_patch.flatten(0, 1)), (center, t)))"): "neither centre needs the other",
     ("return s.logsumexp(1) - torch.linalg.vecdot(q.detach(), s, dim=1)",
      "torch.linalg.vecdot(q.detach(), s, dim=1) -> torch.linalg.vecdot(s, q.detach(), dim=1)"):
         "a dot product is symmetric",
@@ -108,14 +115,15 @@ def changes(node):
             new = ast.Pass()
         case _:
             new = None
-    if new:
+    if new and ast.dump(new) != ast.dump(node):
         yield f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
     if isinstance(node, ast.Call):
         match node.args:
             case [ast.expr() as a, ast.expr() as b, *_] if not isinstance(b, ast.Starred):
                 new = copy.deepcopy(node)
                 new.args[:2] = [b, a]
-                yield ast.unparse(new)
+                if ast.dump(a) != ast.dump(b):
+                    yield ast.unparse(new)
 
 
 def mutants(source):
