@@ -112,7 +112,7 @@ MISTAKES = [
     Mistake("your cosine has another length than the run", "simclr.py", "lr_at",
             "math.pi * (step - warmup)", "3 * math.pi * (step - warmup)",
             SIMCLR + "test_lr_at",
-            "T_max was in batches and step() came once an epoch: the cosine did not end with the run.",
+            "T_max was in batches, step() came once an epoch: the cosine did not end with the run.",
             "sthalles/SimCLR#43"),
     Mistake("your LARS adapts and decays biases too", "simclr.py", "LARS.step",
             " if p.ndim > 1]", "]",
