@@ -12,7 +12,7 @@ import pytest
 from tools import METHODS, NAMES, ROOT
 
 CAPS = {"simclr": 230, "byol": 250, "moco": 290, "dino": 435, "ibot": 500, "dinov2": 580,
-        "pretext": 540, "weak": 450, "common": 925}  # lines of code
+        "pretext": 540, "weak": 450, "common": 940}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "Training",
            "Evaluation", "Backbone"]
