@@ -210,7 +210,7 @@ def load_data(args, table, run):
     if args.labelled:
         data.probed = Data(args.labelled, args.data_dir)
         data.probed.read(*how)
-        data.labelled or fail(f"--labelled {printable(args.labelled)} has no labels, either")
+        data.labelled or fail(f"--labelled {args.labelled} has no labels, either")
     args.images = n = len(data.train.labels)
     names = [os.path.basename(f) for f in data.parts["train"][0] if isinstance(f, str)]
     args.checksum = zlib.crc32(repr(names).encode() + np.asarray(data.train.labels).tobytes())
@@ -274,7 +274,7 @@ class Run:
         self.rank = torchrun("RANK", "0", self.world)
         if self.world > 1 and not dist.is_initialized():
             try:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with this process
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait, too
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             except (ValueError, RuntimeError) as error:  # no such address, a taken port
                 fail(f"the processes of torchrun do not meet: {error}".split("\n")[0])
