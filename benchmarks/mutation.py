@@ -12,6 +12,8 @@ import argparse
 import ast
 import copy
 import csv
+import functools
+import multiprocessing
 import re
 import sys
 from pathlib import Path
@@ -158,18 +160,28 @@ def mutants(source):
 
 
 def killer(method, name, source, quick):
-    """The test that fails with this source, or None. Those that are named for the function come
-    first; the whole file, and what test_common.py has on steps, only if these pass."""
+    """The test that fails with this source, or None. Those that are named for the function and what
+    test_common.py has on steps come first; the whole file only if they pass."""
     file = f"tests/test_{method}.py"
     doc = re.search(rf"^def {name}\(.*?Test: (test_\w+)", source, re.M | re.S)
-    stages = [([file], f"-k={STEP if name == 'train' else doc[1]}")]
-    if not quick:
-        stages += [([file], "-k=test"), (["tests/test_common.py"],
-                    f"-k={method} and (failed_step or half_precision)")]
-    for tests, flag in stages:
-        found = mistakes.outcome({method: source}, tests, flag).failed
-        if found:
-            return [*found][0].split("::")[-1]
+    stages = [(file, STEP if name == "train" else doc[1])]
+    if name == "train":
+        stages.append(("tests/test_common.py", f"{method} and (failed_step or half_precision)"))
+    stages += [] if quick else [(file, "test")]
+    for tests, which in stages:
+        failed = mistakes.outcome({method: source}, [tests], f"-k={which}").failed
+        if failed:
+            return [*failed][0].split("::")[-1]
+
+
+def judge(mutant, quick):
+    """Its row of the table."""
+    row, changed = mutant
+    method, name, _, code, change = row
+    reason = EQUIVALENT.get((code, change), "")
+    test = killer(method, name, changed, quick or reason)
+    result = "killed" if test else "equivalent" if reason else "survived"
+    return [*row, result, test or reason]
 
 
 def main(argv=None):
@@ -178,18 +190,18 @@ def main(argv=None):
                                                  if (ROOT / f"{f.stem[5:]}.py").exists()))
     parser.add_argument("--function", default="", help="only this one; nothing is written")
     parser.add_argument("--quick", action="store_true", help="with the nearest tests alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args(argv)
     source, rows = (ROOT / f"{args.method}.py").read_text(), []
-    lines = source.split("\n")
+    lines, found = source.split("\n"), []
     for name, line, change, changed in mutants(source):
-        if args.function not in ("", name):
-            continue
-        code = lines[line - 1].split("  #")[0].strip()
-        reason = EQUIVALENT.get((code, change), "")
-        test = killer(args.method, name, changed, args.quick or reason)
-        result = "killed" if test else "equivalent" if reason else "survived"
-        rows.append([args.method, name, line, code, change, result, test or reason])
-        print(*rows[-1][1:], sep=" | ", flush=True)
+        if args.function in ("", name):
+            code = lines[line - 1].split("  #")[0].strip()
+            found.append(([args.method, name, line, code, change], changed))
+    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+        for row in pool.imap(functools.partial(judge, quick=args.quick), found):
+            rows.append(row)
+            print(*row[1:], sep=" | ", flush=True)
     counts = {r: sum(row[5] == r for row in rows) for r in ("killed", "equivalent", "survived")}
     print(f"{args.method}: {len(rows)} mutants,", ", ".join(f"{n} {r}" for r, n in counts.items()))
     if args.function or args.quick:

@@ -38,11 +38,9 @@ def test_mutants():
     for method in tools.METHODS:
         source = (ROOT / f"{method}.py").read_text()
         found = [*mutation.mutants(source)]
-        assert len({changed for *_, changed in found} - {source}) > 10
-        names = {name for name, *_ in found}
-        assert names == {name for name, _ in mutation.regions(source)} >= {"train"}
-        for *_, changed in found:
-            ast.parse(changed)
+        assert {name for name, *_ in found} == {name for name, _ in mutation.regions(source)}
+        assert all(changed != source for *_, changed in found)
+        ast.parse(found[-1][-1])
     source = (ROOT / "simclr.py").read_text()
     changed = source.replace("/ tau  #", "* tau  #")
     assert mutation.killer("simclr", "nt_xent", changed, quick=True) == "test_nt_xent_equation"
