@@ -47,8 +47,9 @@ Where this file departs from the papers:
     (released code: one). A bag is a run of shuffled images, every image is in one.
   - noisy: at least R(T) N images are kept, as in the paper (released code: rounded down), and the
     loss is their mean (released code: divided by their number once more). T counts from 0.
-  - pseudo: strong views are smaller crops, jitter and grey (paper: RandAugment or CTAugment, then
-    Cutout), weak ones larger crops (paper: shifts). No average of the weights, and the rate falls
+  - pseudo: strong views are smaller crops with jitter (paper: RandAugment or CTAugment, then
+    Cutout), on the built-in set without it, as it did harm there; weak ones larger crops (paper:
+    shifts). No average of the weights, and the rate falls
     to 0 (paper: to about 0.2 of its peak). Lee's loss is that of --threshold 0, there of one view
     and with a growing weight.
   - With several GPUs each selects among its own images.
@@ -100,6 +101,7 @@ OPTIONS = {  # fmt: skip
     "labels":       (10,          25,          25,          FROM_1,         "pseudo: of a class"),
     "mu":           (3,           7,           7,           FROM_1,         "pseudo: rest a label"),
     "threshold":    (0.8,         0.95,        0.95,        SHARE,          "pseudo: of certainty"),
+    "strength":     (0.0,         0.5,         0.5,         SHARE,          "pseudo: of jitter"),
     "arch":         ("convnet",   "resnet18",  "resnet50",  NETS,           "encoder f"),
     "stem":         ("7x7",       "3x3",       "7x7",       "3x3|7x7",      "3x3: no max-pooling"),
     "image_size":   (32,          64,          224,         PIXELS,         "S, side of a view"),
@@ -128,14 +130,14 @@ def crops(args):
 
 
 def augment(views, args):
-    """Flip, and of pseudo's strong view jitter and grey; every image has its own draws.
+    """Flip, and of pseudo's strong view colour jitter; every image has its own draws.
 
     views: list of (N, 3, S, S) in [0, 1] -> the same.
     """
     views = [common.flip(x, p=0.5) for x in views]
-    if args.task == "pseudo":
-        views[1] = common.color_jitter(views[1], 0.4, 0.4, 0.4, 0.1, p=0.8)
-        views[1] = common.grey(views[1], p=0.2)
+    if args.task == "pseudo" and args.strength:
+        s = 0.8 * args.strength
+        views[1] = common.color_jitter(views[1], s, s, s, s / 4, p=0.8)
     return views
 
 

@@ -125,7 +125,7 @@ def draw(whole, means, pictures):
         ax.legend(fontsize=8, ncols=2, loc="upper center")
         if task == "bags" and pictures:
             strip = ax.inset_axes([0.0, 0.0, 1.0, 0.15])
-            strip.imshow(pictures[0])
+            strip.imshow(pictures[0].numpy())
             strip.set_axis_off()
 
 

@@ -528,6 +528,21 @@ def few(flags="", n=40, classes=4):
     return args, data, weak.pseudo(args, data, RUN)
 
 
+def test_views():
+    """One crop of an image, for noisy all of it; for pseudo a weak and a strong one, of which the
+    strong one alone has its colours changed."""
+    for task, scales in (("labeling", [(0.5, 1.0)]), ("noisy", [1.0]),
+                         ("pseudo", [(0.75, 1.0), (0.5, 1.0)])):
+        args = completed(weak, ["--task", task, "--strength", 0.5])
+        assert [crop.scale for crop in weak.crops(args)] == scales, task
+        x = torch.rand(1, 3, 8, 8, generator=mix()).expand(64, -1, -1, -1)
+        torch.manual_seed(0)
+        kinds = [len(view.unique(dim=0)) for view in weak.augment([x] * len(scales), args)]
+        assert kinds[0] == 2 and all(kind > 30 for kind in kinds[1:]), task
+    args.strength = 0.0
+    assert [len(view.unique(dim=0)) for view in weak.augment([x, x], args)] == [2, 2]
+
+
 def test_few_labels():
     args, data, task = few("--labels 3 --mu 3 --batch-size 16")
     parts, *_ = task
@@ -676,7 +691,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("task, more", [
     ("labeling", ""), ("bags", "--bag-size 4"), ("bags", "--bag-size 4 --pool gated"),
-    ("noisy", "--eval-every 1"), ("pseudo", "--labels 2")])
+    ("noisy", "--eval-every 1"), ("pseudo", "--labels 2"), ("pseudo", "--strength 0.5")])
 def test_a_run(task, more, tmp_path):
     """Every network moves, each by its own loss, and the figures of all are there."""
     argv = [*SHORT, "--task", task, *more.split(), "--out", tmp_path / "run"]
