@@ -38,9 +38,16 @@ def tensor(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
+class Variables(dict):
+    """Of a function, by name."""
+
+    def __missing__(self, name):
+        common.fail(f"the function that trains has no variable {name} now, which is shown here")
+
+
 def inside(function, *args):
     """function(*args) -> its result, and its variables when it returned."""
-    kept = {}
+    kept = Variables()
 
     def watch(frame, event, _):
         if event == "return" and frame.f_code is function.__code__:

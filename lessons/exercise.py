@@ -153,9 +153,10 @@ def tensors(x):
 
 
 def results(module, function):
-    """What the function of this module returns, its gradients, and the inputs afterwards."""
+    """What the function of this module returns, its gradients, and the inputs afterwards: pairs of
+    a verb and numbers."""
     if function == "LARS.step":
-        return run_lars(module)
+        return [("leaves", w) for w in run_lars(module)]
     found = []
     for args in copy.deepcopy(INPUTS[function]):
         out = getattr(module, function)(*args)
@@ -164,8 +165,9 @@ def results(module, function):
         grads = []
         if isinstance(total, torch.Tensor):
             grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
-        found += [t.detach().double() for t in [*tensors(out), *grads, *tensors(args)]]
-    return found
+        found += [("gives", t) for t in tensors(out)] + [("has the gradient", t) for t in grads]
+        found += [("leaves the input", t) for t in tensors(args)]
+    return [(verb, t.detach().double()) for verb, t in found]
 
 
 @cache
@@ -180,37 +182,44 @@ def outcome(source, function):
 
 
 def agree(a, b):
+    """The same verbs, shapes and numbers, NaN included."""
     same = partial(torch.allclose, rtol=1e-6, atol=1e-6, equal_nan=True)
-    return len(a) == len(b) and all(x.shape == y.shape and same(x, y) for x, y in zip(a, b))
+    return len(a) == len(b) and all(
+        v == w and x.shape == y.shape and same(x, y) for (v, x), (w, y) in zip(a, b))
 
 
 def diagnose(source, method, function):
-    """What is wrong with the function in this source of a method: a sentence, or None."""
+    """What is known to be wrong with the function in this source: a sentence, or None."""
     found, error = outcome(source, function)
     if isinstance(error, NotImplementedError):
         return f"{function} is still to be written"
     if isinstance(error, SyntaxError):
         return f"line {error.lineno} is not Python: {error.msg}"
     if error:
-        return f"{function} stops with {type(error).__name__}: {error}"
+        return f"{function} stops with {type(error).__name__}: {error}".splitlines()[0]
+    if difference(source, method, function):
+        known = [m for m in MISTAKES if m.function == function]
+        for mistake in sorted(known, key=lambda m: m.file != f"{method}.py"):
+            wrong, _ = outcome(mistakes.patched(mistake), function)
+            if wrong and agree(found, wrong):
+                return mistake.name
+    return None
+
+
+def difference(source, method, function):
+    """Where the function in this source does something else than ours: a sentence, or None."""
+    found, _ = outcome(source, function)
     ours, _ = outcome((ROOT / f"{method}.py").read_text(), function)
-    if agree(found, ours):
-        return None
-    known = [m for m in MISTAKES if m.function == function]
-    for mistake in sorted(known, key=lambda m: m.file != f"{method}.py"):
-        wrong, _ = outcome(mistakes.patched(mistake), function)
-        if wrong and agree(found, wrong):
-            return mistake.name
     for a, b in zip(found, ours):
         if not agree([a], [b]):
-            return f"{function} gives {shown(a)} where ours gives {shown(b)}"
-    return f"{function} returns {len(found)} tensors where ours returns {len(ours)}"
+            return f"{function} {shown(*a)} where ours {shown(*b)}"
+    return None if len(found) == len(ours) else f"{function} returns other values than ours"
 
 
-def shown(x):
+def shown(verb, x):
     """A few of the numbers of a tensor."""
     numbers = ", ".join(f"{v:.4g}" for v in x.flatten()[:3].tolist())
-    return f"{numbers}{', ...' if x.numel() > 3 else ''} of shape {tuple(x.shape)}"
+    return f"{verb} {numbers}{', ...' if x.numel() > 3 else ''} of shape {tuple(x.shape)}"
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -249,12 +258,12 @@ def grade(file):
     """What is wrong with the exercise in this file: a sentence, or None if its tests pass."""
     source = file.read_text()
     function, method = re.match(HEADER.format(r"(\S+)", r"(\w+)", ".+"), source).groups()
-    fault = diagnose(source, method, function)
-    if fault and " gives " not in fault and " returns " not in fault:
+    if fault := diagnose(source, method, function):
         return fault
     reports = mistakes.outcome({method: source}, tests_of(method, function))
     for test, why in reports.failed.items():
-        return f"{test.split('::')[-1]} fails: {fault or why.strip().splitlines()[-1]}"
+        fault = difference(source, method, function) or why.strip().splitlines()[-1]
+        return f"{test.split('::')[-1]} fails: {fault}"
     return None
 
 

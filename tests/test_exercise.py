@@ -30,6 +30,7 @@ def test_our_body_passes(method, function):
     empty, full = exercise.blank(method, function), (ROOT / f"{method}.py").read_text()
     assert len(body_of(method, function).splitlines()) >= 1
     assert exercise.diagnose(full, method, function) is None
+    assert exercise.difference(full, method, function) is None
     assert exercise.diagnose(empty, method, function) == f"{function} is still to be written"
     assert exercise.tests_of(method, function)
 
@@ -78,12 +79,18 @@ def test_pytest_says_what_is_wrong(tmp_path):
                         said["moco"])
 
 
-def test_a_body_that_is_no_python_or_stops():
+def test_a_body_that_is_no_python_or_stops_or_is_of_another_shape():
     source = exercise.blank("simclr", "lr_at")
-    for body, sentence in ((" return (", "is not Python"), (" return x", "stops with NameError: "),
-                           (" return torch.zeros(2)", "of shape (2,) where ours")):
-        wrong = source.replace(" raise NotImplementedError", body)
-        assert sentence in exercise.diagnose(wrong, "simclr", "lr_at")
+
+    def with_body(body):
+        return source.replace(" raise NotImplementedError", body), "simclr", "lr_at"
+
+    assert "is not Python" in exercise.diagnose(*with_body(" return ("))
+    assert "stops with NameError: " in exercise.diagnose(*with_body(" return x"))
+    for body, words in ((" return torch.zeros(2)", "gives 0, 0 of shape (2,) where ours gives"),
+                        (" return peak / 5, 5", "gives 5 of shape () where ours leaves")):
+        assert exercise.diagnose(*with_body(body)) is None
+        assert words in exercise.difference(*with_body(body))
 
 
 def test_course(tmp_path, capsys):
