@@ -18,7 +18,7 @@ NUMBER = r"(?:[A-Z]\.)?\d+(?:\.\d+)*|[A-Z]\b"
 CITED = re.compile(rf"{NAME}\b([Ee]quation|Section|Table|Figure|Algorithm|Appendix)s? "
                    rf"((?:{NUMBER})(?:(?:, | and )(?:{NUMBER}))*)")
 SHORT = re.compile(r"\b(?:[Ee]qn?|[Ff]ig|[Ss]ec|[Tt]ab|[Aa]lg|[Aa]pp)s?\. ?(?:\d|[A-Z]\b)")
-SOURCE = re.compile(r"slides|arXiv \d{4}\.\d{5}, .*")
+SOURCE = re.compile(r"slides|arXiv \d{4}\.\d{4,5}, .*")
 FILES = [f"{name}.py" for name in [*METHODS, "common"]] + ["README.md"]
 FILES += [f"lessons/{f.name}" for f in sorted((ROOT / "lessons").glob("*.py"))]
 

@@ -690,6 +690,26 @@ def test_flags_change_the_algorithm(shipped, flags, mistake):
         assert same(run.views, plain.views) and not agree(run, plain.args)
 
 
+def test_the_last_layer_thaws(tmp_path):
+    class Noted(Watched):
+        def end_epoch(self):
+            last = self.state["net"].head.last_layer.weight_v
+            self.layers = [*getattr(self, "layers", []), last.detach().clone()]
+            return super().end_epoch()
+
+    argv = [*SHORT, *"--limit 16 --epochs 3 --freeze-last-layer 2 --local-crops 0 --out".split()]
+    _, _, run = train(dino, [*argv, tmp_path / "run"], Noted)
+    start = dino.build(run.args).head.last_layer.weight_v
+    assert [torch.equal(start, layer) for layer in run.layers] == [True, True, False]
+
+
+def test_the_teacher_drops_no_paths(tmp_path):
+    argv = [*SHORT, *"--limit 16 --drop-path 0.5 --local-crops 0 --out".split(), tmp_path / "run"]
+    _, _, run = train(dino, argv, Watched)
+    rates = [[b.drop_path for b in run.state[name].backbone.blocks] for name in ("net", "net_ema")]
+    assert max(rates[0]) == 0.5 and not any(rates[1])
+
+
 # ==================================================================================================
 # Weights in and out
 # ==================================================================================================

@@ -447,3 +447,17 @@ def test_dinov2_dense_layers():
     assert module.pixels(image, 2).shape == (2, 2, 2, 12)
     assert torch.equal(module.pixels(image, 2)[1, 0, 1], image[1, :, :2, 2:].flatten())
     assert module.per_patch(image[:, 0], 2)[0, 1, 0] == image[0, 0, 2:, :2].mean()
+
+
+def test_neighbours(tmp_path, capsys):
+    """The shares are those of the five nearest by cosine, in float64."""
+    argv = [*TINY, "--batch-size", "20", "--out", str(tmp_path / "run")]
+    simclr.main(argv)
+    lesson("neighbours").main([str(tmp_path / "run" / "backbone.pt"), "--out", str(tmp_path)])
+    assert (tmp_path / "neighbours.png").stat().st_size > 5000
+    x, labels, *_ = common.toys(40, 16, 0)
+    x_test, labels_test, *_ = common.toys(40, 16, 1)
+    a, b = (t.double().flatten(1) for t in (x_test, x))
+    cosine = torch.corrcoef(torch.cat([a, b]))[:40, 40:]  # of pixels less their mean
+    same = labels[cosine.argsort(1, descending=True)[:, :5]] == labels_test[:, None]
+    assert f"mean: {same.double().mean():.1%} of the five" in capsys.readouterr().out

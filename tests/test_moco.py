@@ -538,6 +538,28 @@ def test_algorithm_1(tmp_path, small):
         assert distance(mistake) > 1e-3, mistake
 
 
+def test_positives_of_the_second_process(tmp_path, small, monkeypatch):
+    """Of the keys of two processes those of its own images are positives, all go to the queue."""
+    class Second(tools.Watched):
+        def restore(self, state):
+            super().restore(state)
+            self.world, self.rank = 2, 1
+
+        def mean(self, x):
+            return x
+
+        def _look(self):
+            self.stopped = 0
+
+    keys, given = F.normalize(draw(16, 4, dtype=torch.float32)), []
+    monkeypatch.setattr(moco, "encode_shuffled", lambda *_: keys)
+    monkeypatch.setattr(moco, "info_nce", lambda q, k, *_: given.append((q, k)) or q.sum())
+    argv = [*SHORT, *"--limit 16 --bn-splits 2 --queue 16 --dim 4 --out".split()]
+    *_, run = tools.train(moco, [*argv, tmp_path / "run"], Second)
+    ((q, k),) = given
+    assert len(q) == 8 and close(k, keys[8:], 1e-6) and close(run.state["queue"], keys.T, 1e-6)
+
+
 class SecondFails(tools.Watched):
     """The views of the second step are not finite."""
 

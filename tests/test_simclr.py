@@ -283,6 +283,31 @@ def test_algorithm_1_is_what_runs(tmp_path):
         assert not agrees(mistake), mistake
 
 
+def test_negatives_of_all_processes(tmp_path):
+    """The step on the first of two processes; the other one's z1 and z2 are given."""
+    others = draw(32, 8, dtype=torch.float32)
+
+    class First(Watched):
+        left = others
+
+        def gather(self, x):
+            theirs, self.left = self.left.split([len(x), len(self.left) - len(x)])
+            return torch.cat([x, theirs])
+
+    argv = [*SHORT, "--limit", 16, "--dim", 8, "--out", tmp_path / "run"]
+    _, _, run = train(simclr, argv, First)
+    z = simclr.build(run.args)(torch.cat(run.views[0]))[1]
+    z1, z2 = (torch.cat(pair) for pair in zip(z.chunk(2), others.chunk(2)))
+    assert close(run.rows[0]["loss"], variant(z1, z2, run.args.temperature).detach(), 1e-5)
+
+
+def test_features_are_those_of_eval_mode(tmp_path, capsys):
+    net, data, run = train(simclr, [*SHORT, "--limit", 32, "--out", tmp_path / "run"])
+    before = copy.deepcopy(net.state_dict())
+    simclr.evaluate(net, data, run.args, run)
+    assert same(before, net.state_dict()) and net.training  # as batch norm's statistics were
+
+
 # ==================================================================================================
 # Its options
 # ==================================================================================================
