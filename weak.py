@@ -48,10 +48,9 @@ Where this file departs from the papers:
   - noisy: at least R(T) N images are kept, as in the paper (released code: rounded down), and the
     loss is their mean (released code: divided by their number once more). T counts from 0.
   - pseudo: strong views are smaller crops with jitter (paper: RandAugment or CTAugment, then
-    Cutout), on the built-in set without it (89.3 with); weak ones larger crops (paper:
-    shifts). No average of the weights, and the rate falls
-    to 0 (paper: to about 0.2 of its peak). Lee's loss is that of --threshold 0, there of one view
-    and with a growing weight.
+    Cutout), on the built-in set without it (89.3 with); weak ones larger crops (paper: shifts). No
+    average of the weights, and the rate falls to 0 (paper: to about 0.2 of its peak). Lee's loss is
+    that of --threshold 0, there of one view and with a growing weight.
   - With several GPUs each selects among its own images.
   - No linear probe, as in the other files: what is evaluated is the classifier itself.
 
