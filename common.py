@@ -204,6 +204,8 @@ def load_data(args, table, run):
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
         fail(f"--batch-size {args.batch_size} has to be at most the number of training images, "
              f"{n}, and a multiple of that of processes, {run.world}")
+    if not len(data.val[1]):
+        fail("too few training images: none can be held out where no class has two")
     data.per_epoch = max(n // args.batch_size, 1)
     write(run.folder / "args.json", to_json(vars(args)))
     return data
@@ -260,7 +262,7 @@ class Run:
         self.rank = torchrun("RANK", "0", self.world)
         if self.world > 1 and not dist.is_initialized():
             try:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with this process
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's waits as well
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             except (ValueError, RuntimeError) as error:  # no such address, a taken port
                 fail(f"the processes of torchrun do not meet: {error}".split("\n")[0])
@@ -1208,7 +1210,7 @@ class Data:
         files, labels = self.parts["train"]
         kept, tenth = hold_out(labels)
         self.parts["train"] = [files[i] for i in kept], labels[kept]
-        return [files[i] for i in tenth], labels[tenth]
+        return [files[i] for i in tenth] or fail("too few training images"), labels[tenth]
 
     def _add(self, split, items, labels):
         if not items or split in self.parts:
@@ -1288,8 +1290,6 @@ def hold_out(labels):
         n = 0 if len(i) < 2 else math.ceil(len(i) / 10)
         kept.append(i[n:])
         tenth.append(i[:n])
-    if not any(map(len, tenth)):
-        fail("too few training images: none can be held out where no class has two")
     return torch.cat(kept), torch.cat(tenth)
 
 
