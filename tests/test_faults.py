@@ -264,7 +264,7 @@ def test_layouts_that_are_refused(counts, word, tmp_path, capsys):
 def test_one_image_of_each_class_is_too_few(tmp_path, capsys):
     tree(tmp_path, train__a=1, train__b=1, test__a=1)
     argv = [*TINY, "--batch-size", "2", "--out", tmp_path / "run"]
-    for more in (["--dataset", tmp_path], ["--limit", "1"]):
+    for more in (["--dataset", tmp_path], ["--limit", "2"]):
         assert "too few training images" in refused(simclr, [*argv, *more], capsys)
 
 
