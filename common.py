@@ -198,8 +198,9 @@ def load_data(args, table, run):
     print(f"recipe {['built-in', 'small', 'large'][column]}: {recipe}")
     data.read(args.image_size, run.device, args.memory_limit, args.workers)
     args.images = n = len(data.train.labels)
-    names = [os.path.basename(f) for f in data.parts["train"][0] if isinstance(f, str)]
-    args.checksum = zlib.crc32(repr(names).encode() + np.asarray(data.train.labels).tobytes())
+    items, labels = data.parts["train"]  # no labels yet for the built-in set
+    names = [os.path.basename(f) for f in items if isinstance(f, str)]
+    args.checksum = zlib.crc32(repr((names, np.ravel(labels).tolist())).encode())
     print(f"{n:,} training images, {len(data.val[1]):,} validation images")
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
         fail(f"--batch-size {args.batch_size} has to be at most the number of training images, "
@@ -1195,8 +1196,7 @@ class Data:
         if classes and "test" not in self.parts:  # ImageNet's validation split is the test
             self.parts["test"] = self.parts.pop("val", None) or self._split_off_test()
         kinds = [f"no train/<class>/*, so no labels: all of {top} is for training",
-                 "one class only, so accuracies say nothing",
-                 f"{len(classes)} classes ({shortened([*classes])})"]
+                 "one class only, so accuracies say nothing", f"{len(classes)} classes"]
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
         unused = sorted({*splits} - {*entered, top.name}) if top != root else []
         print(printable(f"{root}: {kinds[min(len(classes), 2)]}; images: {counts}; {others} other "

@@ -1018,7 +1018,7 @@ def test_folders_with_labels(tmp_path, counts, train, fit, val, test, capsys):
     for files, labels in data.parts.values():
         assert classes_of(files) == labels.tolist()
     printed = capsys.readouterr().out
-    assert "2 classes (a, b); images: " in printed and f" train {train}" in printed
+    assert "2 classes; images: " in printed and f" train {train}" in printed
     assert data.side == 20
 
 
