@@ -212,12 +212,15 @@ def load_data(args, table, run):
         data.probed.read(*how)
         data.labelled or fail(f"--labelled {args.labelled} has no labels, either")
     args.images = n = len(data.train.labels)
-    names = [os.path.basename(f) for f in data.parts["train"][0] if isinstance(f, str)]
-    args.checksum = zlib.crc32(repr(names).encode() + np.asarray(data.train.labels).tobytes())
+    items, labels = data.parts["train"]  # no labels yet for the built-in set
+    names = [os.path.basename(f) for f in items if isinstance(f, str)]
+    args.checksum = zlib.crc32(repr((names, np.ravel(labels).tolist())).encode())
     print(f"{n:,} training images, {len(data.val[1]):,} validation images")
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
         fail(f"--batch-size {args.batch_size} has to be at most the number of training images, "
              f"{n}, and a multiple of that of processes, {run.world}")
+    if not len(data.val[1]):
+        fail("too few training images: none can be held out where no class has two")
     data.per_epoch = max(n // args.batch_size, 1)
     write(run.folder / "args.json", to_json(vars(args)))
     return data
@@ -274,7 +277,7 @@ class Run:
         self.rank = torchrun("RANK", "0", self.world)
         if self.world > 1 and not dist.is_initialized():
             try:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait, too
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's waits as well
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             except (ValueError, RuntimeError) as error:  # no such address, a taken port
                 fail(f"the processes of torchrun do not meet: {error}".split("\n")[0])
@@ -1234,8 +1237,7 @@ class Data:
         if classes and "test" not in self.parts:  # ImageNet's validation split is the test
             self.parts["test"] = self.parts.pop("val", None) or self._split_off_test()
         kinds = [f"no train/<class>/*, so no labels: all of {top} is for training",
-                 "one class only, so accuracies say nothing",
-                 f"{len(classes)} classes ({shortened([*classes])})"]
+                 "one class only, so accuracies say nothing", f"{len(classes)} classes"]
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
         unused = sorted({*splits} - {*entered, top.name}) if top != root else []
         print(printable(f"{root}: {kinds[min(len(classes), 2)]}; images: {counts}; {others} other "
@@ -1249,7 +1251,7 @@ class Data:
         files, labels = self.parts["train"]
         kept, tenth = hold_out(labels)
         self.parts["train"] = [files[i] for i in kept], labels[kept]
-        return [files[i] for i in tenth], labels[tenth]
+        return [files[i] for i in tenth] or fail("too few training images"), labels[tenth]
 
     def _add(self, split, items, labels):
         if not items or split in self.parts:
@@ -1331,8 +1333,6 @@ def hold_out(labels):
         n = 0 if len(i) < 2 else math.ceil(len(i) / 10)
         kept.append(i[n:])
         tenth.append(i[:n])
-    if not any(map(len, tenth)):
-        fail("too few training images: none can be held out where no class has two")
     return torch.cat(kept), torch.cat(tenth)
 
 

@@ -111,7 +111,7 @@ def test_names_that_a_terminal_cannot_print(tmp_path):
             capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding,
                                                    "PYTHONPATH": str(ROOT)})
         assert run.returncode == 0 and not run.stderr, run.stderr
-        assert rb"2 classes (a, b\udcff\n\x1b[31m)" in run.stdout and b"\x1b" not in run.stdout
+        assert rb"\n.jpg): cannot" in run.stdout and b"\x1b" not in run.stdout
 
 
 def test_errors_are_one_line(capsys):
@@ -235,7 +235,7 @@ def test_what_is_not_used_is_told(tmp_path, capsys):
     tree(tmp_path, **TRAIN, valid__a=2, valid__b=2, Test__b=3, spare__a=5, train__none=0, runs=1)
     parts, out = found(tmp_path, capsys)  # a class without images is none
     assert parts == {"train": 20, "val": 4, "test": 3}
-    assert "2 classes (a, b);" in out and "folders not entered: runs, spare\n" in out
+    assert "2 classes;" in out and "folders not entered: runs, spare\n" in out
 
 
 def test_flat_splits_and_no_splits(tmp_path, capsys):
@@ -264,7 +264,7 @@ def test_layouts_that_are_refused(counts, word, tmp_path, capsys):
 def test_one_image_of_each_class_is_too_few(tmp_path, capsys):
     tree(tmp_path, train__a=1, train__b=1, test__a=1)
     argv = [*TINY, "--batch-size", "2", "--out", tmp_path / "run"]
-    for more in (["--dataset", tmp_path], ["--limit", "1"]):
+    for more in (["--dataset", tmp_path], ["--limit", "2"]):
         assert "too few training images" in refused(simclr, [*argv, *more], capsys)
 
 
@@ -294,7 +294,7 @@ RAMP = np.linspace(0, 1, 400).reshape(20, 20)
 
 
 @pytest.mark.parametrize("values, low, high", [
-    (2 * RAMP - 1, 0, 255), (1000 * RAMP - 1000, 0, 255), (3000 * RAMP - 1000, 0, 186),
+    (2 * RAMP - 1, 0, 255), (1000 * RAMP - 1000, 0, 255), (3000 * RAMP - 1000, 0, 150),
     (1e6 * RAMP, 0, 255), (np.where(RAMP > 0, RAMP, np.nan), 0, 255),
     (np.where(RAMP > 0, 200 * RAMP, np.inf), 0, 200), (0 * RAMP - 5, 0, 0)],
     ids="negative all-negative hounsfield large nan inf flat".split())
