@@ -11,6 +11,7 @@ Images are float32 (N, 3, H, W) in [0, 1] on the device, and uint8 where they ar
 
 import argparse
 import atexit
+import contextlib
 import functools
 import json
 import math
@@ -21,8 +22,9 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,14 +32,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torchvision import datasets
 from torchvision.utils import save_image
 
-try:
+tqdm = None  # then there is no bar, only a line an epoch
+with contextlib.suppress(ImportError):
     from tqdm import tqdm
-except ImportError:  # then there is no bar, only a line an epoch
-    tqdm = None
 
 # ==================================================================================================
 # Errors and files
@@ -46,13 +47,26 @@ except ImportError:  # then there is no bar, only a line an epoch
 
 def fail(message):
     """End the program with one sentence on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def main_process():
     """Whether this is the first process of torchrun, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def torchrun(name, default, below=math.inf):
+    """A whole number of the environment of torchrun, from 0 on."""
+    text = os.environ.get(name, default)
+    if not text.isdecimal() or int(text) >= below:
+        fail(f"{name} is {text!r}, and has to be a whole number below {below}")
+    return int(text)
+
+
+def printable(name):
+    """name in one line, without control characters and bytes that are no text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
 def write(path, content):
@@ -70,9 +84,10 @@ def write(path, content):
             content(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
-        if os.path.exists(part):
-            part.unlink()
         fail(f"{path} cannot be written: {error}".split("\n")[0])
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()  # there after an error or a second signal
 
 
 def to_json(value):
@@ -134,6 +149,7 @@ def options(method, doc, table, argv=None):
     o = p.add_argument_group("data").add_argument
     o("--dataset", default=BUILT_IN, help=f"a name or a folder ({BUILT_IN}, {', '.join(SETS)})")
     o("--data-dir", default="data", help="where downloaded sets are kept (data)")
+    o("--labelled", metavar="SET", help="for the probes, where --dataset has no labels")
     o("--limit", **FROM_1, help="use only so many training images (all)")
     o("--workers", **FROM_0, default=cores(), help="readers of files (a core each)")
     o("--memory-limit", **number(float, 0), default=8, help="GB; more is streamed (8)")
@@ -150,7 +166,10 @@ def options(method, doc, table, argv=None):
     o("--eval-every", **FROM_0, help="epochs (a quarter of the run; 0: never)")
     o("--knn-k", **FROM_1, default=20, help="neighbours (20)")
     o("--knn-tau", **POSITIVE, default=0.07, help="temperature of their votes (0.07)")
+    o("--embed", metavar="FILE", help="write h, name and label of every image (.npz)")
     args = p.parse_args(argv)
+    for name in [k for k, value in vars(args).items() if value == ""]:
+        fail(f"--{name.replace('_', '-')} is given without a value")
     if args.init and args.eval:
         fail("--init starts a training and --eval does without one: give one of the two")
     return args
@@ -164,23 +183,37 @@ def show_value(value):
 
 
 def load_data(args, table, run):
-    """Find the set, take what is left open in args from its column of the table, read it."""
+    """Find the set, take what is left open in args from its column of the table, read it.
+
+    Without a GPU images up to 64 pixels have the recipe of the built-in set.
+    """
     data = Data(args.dataset, args.data_dir, args.limit)
     column = 0 if data.side is None else 1 if data.side <= 64 else 2
+    if column == 1 and run.device.type == "cpu":
+        column = 0
+        print(f"no GPU, so a recipe for a CPU, not arch={table['arch'][1]} "
+              f"epochs={table['epochs'][1]} of the one for images up to 64 pixels")
     for name, row in table.items():  # in order: a function may use the rows above its own
         if getattr(args, name) is None:
             value = row[column]
             if callable(value):
                 value = value(args, len(data.parts["train"][0]))
-            elif name == "image_size" and data.side:
+            elif name == "image_size" and column:
                 value = min(value, data.side)
             setattr(args, name, [*value] if isinstance(value, tuple) else value)
     if args.eval_every is None:
         args.eval_every = math.ceil(args.epochs / 4)
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
     print(f"recipe {['built-in', 'small', 'large'][column]}: {recipe}")
-    data.read(args.image_size, run.device, args.memory_limit, args.workers)
+    how = args.image_size, run.device, args.memory_limit, args.workers
+    data.read(*how)
+    if args.labelled:
+        data.probed = Data(args.labelled, args.data_dir)
+        data.probed.read(*how)
+        data.labelled or fail(f"--labelled {args.labelled} has no labels, either")
     args.images = n = len(data.train.labels)
+    names = [os.path.basename(f) for f in data.parts["train"][0] if isinstance(f, str)]
+    args.checksum = zlib.crc32(repr(names).encode() + np.asarray(data.train.labels).tobytes())
     print(f"{n:,} training images, {len(data.val[1]):,} validation images")
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
         fail(f"--batch-size {args.batch_size} has to be at most the number of training images, "
@@ -205,9 +238,11 @@ class Run:
 
     def __init__(self, args):
         self.args, self.begun = args, time.perf_counter()
+        if hasattr(sys.stdout, "reconfigure"):  # a path may have what the terminal cannot print
+            sys.stdout.reconfigure(errors="backslashreplace")
         self._choose_device(args.device, args.amp)
         self._join()
-        name = f"runs/{args.method}-{Path(args.dataset).name}-s{args.seed}"
+        name = f"runs/{args.method}-{Path(os.path.abspath(args.dataset)).name}-s{args.seed}"
         self.folder = self._claim(args.out or name + ("-eval" if args.eval else ""))
         self.step, self.seconds, self.rows, self.rates, self.chance = 0, 0.0, [], {}, {}
         self.sums, self.bar, self.signal, self.stopped = None, None, 0, 0
@@ -226,7 +261,7 @@ class Run:
             fail("--amp has to be off on mps")
         self.device, self.name, auto = torch.device(name), name, None
         if name == "cuda":
-            self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device(name, torchrun("LOCAL_RANK", "0", torch.cuda.device_count()))
             self.name = torch.cuda.get_device_name(self.device)
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # tries convolutions out: shapes stay the same
@@ -235,14 +270,14 @@ class Run:
 
     def _join(self):
         """Meet the other processes of torchrun, if there are any."""
-        names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-        missing = [k for k in names if k not in os.environ]
-        if missing and not {"RANK", "WORLD_SIZE"} <= {*missing}:
-            fail(f"half an environment of torchrun: {', '.join(missing)} not set")
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.world = torchrun("WORLD_SIZE", "1")
+        self.rank = torchrun("RANK", "0", self.world)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait, too
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            except (ValueError, RuntimeError) as error:  # no such address, a taken port
+                fail(f"the processes of torchrun do not meet: {error}".split("\n")[0])
             atexit.register(dist.destroy_process_group)
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")
@@ -250,18 +285,17 @@ class Run:
     def _claim(self, out):
         """Make the folder of this run: out, or where a run has it already out-2, out-3, ...
 
-        With --resume: the last of them whose run was interrupted.
+        With --resume: that of them which was stopped last.
         """
         def folder(n):
             return Path(out) if n == 1 else Path(f"{Path(out)}-{n}")
 
         n, claimed = 1, [None]
-        while os.path.exists(folder(n) / "args.json"):
-            n += 1
         if main_process() and self.args.resume:
-            begun = [f for f in map(folder, range(1, n)) if (f / "last.pt").exists()]
-            begun = [f for f in begun if not (f / "results.json").exists()]
-            claimed = begun[-1:] or fail(f"--resume: no interrupted run in {out}, name it by --out")
+            stopped = [f for f in map(folder, range(1, 1000)) if (f / "last.pt").exists()
+                       and not (f / "results.json").exists()]
+            stopped.sort(key=lambda f: os.path.getmtime(f / "last.pt"))
+            claimed = stopped[-1:] or fail(f"--resume: no stopped run in {out}, name it by --out")
         elif main_process():
             while not claim(folder(n)):
                 n += 1
@@ -460,8 +494,8 @@ class Run:
 
     def _shape(self):
         """The options that shape a run, and so have to be the same when it is resumed."""
-        free = ("resume out device dataset data_dir workers memory_limit compile eval_every knn_k "
-                "knn_tau").split()
+        free = ("resume out device dataset data_dir labelled workers memory_limit compile "
+                "eval_every knn_k knn_tau embed").split()
         options = {k: v for k, v in vars(self.args).items() if k not in free}
         return options | {"processes": self.world}
 
@@ -530,7 +564,7 @@ def claim(folder):
         return True
     except OSError as error:
         if not os.path.exists(folder / "args.json"):
-            fail(f"--out {printable(folder)}: no folder can be made there ({error.strerror})")
+            fail(f"--out {folder}: no folder can be made there ({error.strerror})")
     return False
 
 
@@ -552,9 +586,8 @@ class Undo:
 
 def cores():
     """Processors this process may use, its share of them under torchrun."""
-    known = hasattr(os, "sched_getaffinity")
-    count = len(os.sched_getaffinity(0)) if known else os.cpu_count()
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, count // max(1, torchrun("LOCAL_WORLD_SIZE", "1")))
 
 
 # ==================================================================================================
@@ -599,7 +632,7 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     if is_run and weights["method"] != args.method:
         fail(f"{path} is a run of {weights['method']}: give its backbone.pt")
     if is_run:
-        weights = weights["state"].get("net" if branch == "student" else kept, {})
+        weights = {"model": weights["state"].get("net" if branch == "student" else kept)}
     for key in (branch, "state_dict", "model"):
         weights = weights[key] if isinstance(weights.get(key), dict) else weights
     weights = {rename(k, renames): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
@@ -622,12 +655,15 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     if extra or missing:
         fail(f"{path} holds another network: not in it {shortened(missing)}, unknown or of another "
              f"shape {shortened(extra)}; give the options it was trained with")
-    net.load_state_dict(weights, strict=False)
+    try:
+        net.load_state_dict(weights, strict=False)
+    except RuntimeError:
+        fail(f"{path} holds tensors that are sparse, quantised or without values")
 
 
 def rename(name, renames):
     """Without the prefixes of wrappers, and changed by renames, in their order."""
-    name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
+    name = re.sub(r"^((module|_orig_mod|model|net|encoder)\.)+", "", str(name))
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
@@ -663,6 +699,31 @@ def embed(f, part, crops, run, limit=None):
     if run.world > 1:  # process r has rows r, r + world, ...
         columns = [torch.stack(run.gather(c).chunk(run.world), 1).flatten(0, 1) for c in columns]
     return [c[: len(index)] for c in columns]
+
+
+def export(f, data, crops, run):
+    """With --embed, write h = f(views)[0] (n, d) of the images of all splits as .npz, with name (of
+    the file, or a number), split and label (-1: unknown), each (n,); without broken files."""
+    if not run.args.embed:
+        return
+    splits = {k: data.train if k == "train" else data.load(k) for k in data.parts}
+    features, columns = [], {"name": [], "split": [], "label": []}
+    for split, images in splits.items():
+        every = torch.arange(len(images.labels))
+        h, i = (x.cpu() for x in embed(f, (replace(images, labels=every), every), crops, run))
+        good = i == every  # in place of a broken file stands another
+        features.append(h[good].numpy())
+        columns["name"] += [str(images.names[j]) for j in i[good]]
+        columns["split"] += [split] * len(features[-1])
+        columns["label"] += images.labels[good].tolist()
+    h = np.concatenate(features)
+
+    def save(part):
+        with open(part, "wb") as file:  # a name without .npz would get one
+            np.savez(file, h=h, **columns)
+
+    write(run.args.embed, save)
+    print(f"{printable(run.args.embed)}: h {h.shape} of {', '.join(splits)}")
 
 
 def knn(fit, val, test=None, k=20, tau=0.07):
@@ -979,18 +1040,20 @@ def toys(n, size, seed):
 # Images in: files
 # ==================================================================================================
 
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Pillow refuses images for more than 1 MB beside the pixels
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def find_images(folder):
     """All image files below a folder, sorted, and how many other files there are.
 
-    Links are followed. Names that begin with a dot and folders that hold a run are left out.
+    Links are followed. Names that begin with a dot and folders that hold a run are left out, and
+    folders that may not be read are named.
     """
     found, others, entered = [], 0, set()
-    for path, folders, files in os.walk(folder, followlinks=True):
+    for path, folders, files in os.walk(folder, onerror=print, followlinks=True):
         real = os.path.realpath(path)
-        if real in entered or {"args.json", "metrics.jsonl"} <= {*files}:
+        if real in entered or {"args.json", "views.png"} <= {*files}:
             folders.clear()
             continue
         entered.add(real)
@@ -1002,15 +1065,29 @@ def find_images(folder):
     return sorted(found), others
 
 
+def by_class(folder, known=None):
+    """class -> files of folder/<class>/*, for those that have any. Images of a class that is not
+    known, or of none, are an error."""
+    _, folders, files = next(os.walk(folder), ("", [], []))
+    found = {c: f for c in sorted(folders) if c[0] != "." and (f := find_images(folder / c)[0])}
+    other = [c for c in found if c not in (known or found)]
+    other += [f for f in sorted(files) if f[0] != "." and Path(f).suffix.lower() in SUFFIXES]
+    if other and (known or found):
+        fail(f"{folder} has images of no class of train: {shortened(other)}")
+    return found
+
+
 def rgb(image):
     """A Pillow image of any kind -> 8-bit RGB, transparent pixels on white.
 
-    Deeper images are scaled by the range they use: 1, or 8, 10, 12, 14 or 16 bits.
+    Deeper images are scaled by the range they use: from 0 to 1, to the most of 8, 10, 12, 14 or 16
+    bits, or, where that is not enough, from their least to their largest value.
     """
     if image.mode[0] in "IF":  # which Pillow would clip
-        a = np.asarray(image, dtype=np.float32)
-        top = next((t for t in (1, 255, 1023, 4095, 16383) if a.max() <= t), 65535)
-        image = Image.fromarray(np.uint8((a * (255 / top)).clip(0, 255)))
+        a = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        low, most = min(a.min(), 0), a.max()
+        top = next((t for t in (1, 255, 1023, 4095, 16383, 65535) if most <= t), most)
+        image = Image.fromarray(np.uint8((a - low) / (top - low) * 255))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1025,10 +1102,8 @@ def read_image(file, shorter):
     try:
         image = Image.open(file)
         image.draft("RGB", (shorter, shorter))  # JPEG: decodes at 1/2, 1/4 or 1/8
-        try:
+        with contextlib.suppress(Exception):  # for bad metadata, which are no reason to give up
             image = ImageOps.exif_transpose(image)
-        except Exception:  # metadata that cannot be read are no reason to go without the pixels
-            pass
         w, h = image.size
         x, y = max(0, w - 2 * h) // 2, max(0, h - 2 * w) // 2
         image = rgb(image.crop((x, y, w - x, h - y)))
@@ -1058,15 +1133,8 @@ def read_all(files, shorter, memory_gb, workers):
 def report_broken(reasons):
     """Name the files that cannot be read; reasons: file -> why."""
     if reasons:
-        names = shortened([printable(file) for file in reasons])
-        why = next(iter(reasons.values()))
-        print(f"left out, as they cannot be read: {len(reasons)} image file(s) ({names}): {why}")
-
-
-def printable(name):
-    """name as any terminal can print it."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return str(name).encode(encoding, "backslashreplace").decode(encoding)
+        print(printable(f"left out, as they cannot be read: {len(reasons)} image file(s) "
+                        f"({shortened([*reasons])}): {next(iter(reasons.values()))}"))
 
 
 # ==================================================================================================
@@ -1080,20 +1148,21 @@ SETS = {  # torchvision's class, arguments for its training and its test split, 
     "stl10": ("STL10", {"split": "train+unlabeled"}, {"split": "test"}, 96),
     "imagenette": ("Imagenette", {"size": "160px"}, {"size": "160px", "split": "val"}, 160),
 }
-SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}  # of a folder
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass
 class Images:
     """N images: labels (N,) int64, -1 unknown, and either files, to be read with a shorter side of
     at most `shorter`, or on the device pixels (N, 3, H, W) uint8, padded at the right and bottom,
-    with sizes (N, 2) height, width."""
+    with sizes (N, 2) height, width. names: the files', or numbers."""
 
     labels: torch.Tensor
     pixels: torch.Tensor = None
     sizes: torch.Tensor = None
     files: list = None
     shorter: int = None
+    names: list = None
 
     def read(self, i):
         """i and the pixels of file i. A broken file leaves the set, another is drawn for it."""
@@ -1121,15 +1190,15 @@ class Data:
 
     def __init__(self, name, root="data", limit=None):
         self.side, self.parts, self.limit = None, {}, limit
+        self.probed = self  # the set the probes are fitted, chosen and tested on
         if name == BUILT_IN:
             self.parts = {k: (range(min(n, limit or n)), None) for k, n in SIZES.items()}
         elif name in SETS:
             self._find_in_torchvision(name, Path(root))
-        elif name and Path(name).is_dir():
+        elif os.path.isdir(name):
             self._find_in_folder(Path(name))
         else:
-            names = ", ".join([BUILT_IN, *SETS])
-            fail(f"--dataset {printable(name)!r} is neither a folder nor one of {names}")
+            fail(f"--dataset {name!r} is neither a folder nor {', '.join([BUILT_IN, *SETS])}")
 
     def _find_in_torchvision(self, name, root):
         kind, train, test, self.side = SETS[name]
@@ -1148,24 +1217,29 @@ class Data:
             self._add(split, [np.array(image) for image in images], torch.tensor(labels))
 
     def _find_in_folder(self, root):
-        below = {f.name.lower(): f for f in root.iterdir() if f.is_dir()}
-        top, classes = below.get("train", root), []
-        if "train" in below:
-            classes = sorted(f.name for f in top.iterdir() if f.is_dir() and f.name[0] != ".")
-        for name, split in SPLITS.items():
-            if classes and name in below:
-                self._add(split, *labelled_images(below[name], classes))
+        folders = sorted(next(os.walk(root), ("", [], []))[1])
+        splits = {f: SPLITS.get(f.lower()) for f in folders if f[0] != "."}
+        top = next((root / f for f, split in splits.items() if split == "train"), root)
+        classes = by_class(top) if top != root else {}
+        entered = [f for f in splits if splits[f] and classes]
+        for f in entered:
+            found = classes if root / f == top else by_class(root / f, classes)
+            labels = [i for i, c in enumerate(classes) for _ in found.get(c, [])]
+            self._add(splits[f], [f for c in found.values() for f in c], torch.tensor(labels))
         files, others = find_images(top)
         if not files:
-            fail(f"no images of a format that Pillow reads in {printable(top)}")
+            fail(f"no images of a format that Pillow reads in {top}")
         if not classes:
             self._add("train", files, torch.full((len(files),), -1))
         if classes and "test" not in self.parts:  # ImageNet's validation split is the test
             self.parts["test"] = self.parts.pop("val", None) or self._split_off_test()
-        kinds = ["no train/<class>/*, so no labels", "one class only, so accuracies say nothing"]
-        kind = dict(enumerate(kinds)).get(len(classes), f"{len(classes)} classes")
+        kinds = [f"no train/<class>/*, so no labels: all of {top} is for training",
+                 "one class only, so accuracies say nothing",
+                 f"{len(classes)} classes ({shortened([*classes])})"]
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
-        print(f"{printable(root)}: {kind}; images: {counts}; {others} other files ignored")
+        unused = sorted({*splits} - {*entered, top.name}) if top != root else []
+        print(printable(f"{root}: {kinds[min(len(classes), 2)]}; images: {counts}; {others} other "
+                        f"files ignored, folders not entered: {shortened(unused)}"))
         sample = [read_image(f, 1024) for f in files[:: len(files) // 64 + 1]]
         sides = [min(image.shape[:2]) for image in sample if not isinstance(image, str)]
         self.side = int(np.median(sides or [64]))
@@ -1175,10 +1249,11 @@ class Data:
         files, labels = self.parts["train"]
         kept, tenth = hold_out(labels)
         self.parts["train"] = [files[i] for i in kept], labels[kept]
-        return [files[i] for i in tenth] or fail("too few training images"), labels[tenth]
+        return [files[i] for i in tenth], labels[tenth]
 
     def _add(self, split, items, labels):
-        items = items or fail(f"no images of the classes for the {split} split")
+        if not items or split in self.parts:
+            fail(f"{'two folders' if items else 'no images'} for the {split} split")
         keep = shuffle(len(items))[: self.limit] if self.limit else range(len(items))
         self.parts[split] = [items[i] for i in keep], labels[keep]
 
@@ -1197,7 +1272,7 @@ class Data:
 
     @property
     def labelled(self):
-        return bool((self.train.labels >= 0).any())
+        return bool((self.probed.train.labels >= 0).any())
 
     @functools.cached_property
     def test(self):
@@ -1206,12 +1281,14 @@ class Data:
 
     def splits(self, test):
         """(images, index) of fit and val, or of fit, val and test."""
-        return [self.fit, self.val, self.test] if test else [self.fit, self.val]
+        probed = self.probed
+        return [probed.fit, probed.val] + ([probed.test] if test else [])
 
     def load(self, split):
         """The Images of a split: in memory, on the device, or as files where that would take more
         than memory_gb."""
         items, labels = self.parts[split]
+        names = items if isinstance(items[0], str) else range(len(items))
         size, device, memory_gb, workers = self.how
         if isinstance(items, range):
             made, labels, *_ = toys(len(items), size, seed=["train", "test"].index(split))
@@ -1221,13 +1298,13 @@ class Data:
             if not items:
                 print(f"{split}: {len(files):,} images take over --memory-limit {memory_gb:g} GB: "
                       f"streamed by {workers} threads")
-                return Images(labels, files=[*files], shorter=3 * size)
+                return Images(labels, files=[*files], shorter=3 * size, names=names)
             report_broken({f: x for f, x in zip(files, items) if isinstance(x, str)})
             good = [i for i, x in enumerate(items) if not isinstance(x, str)]
             good = good or fail(f"none of the {len(files)} {split} images can be read")
-            items, labels = [items[i] for i in good], labels[good]
+            items, labels, names = [items[i] for i in good], labels[good], [names[i] for i in good]
         sizes = torch.tensor([image.shape[:2] for image in items])
-        return Images(labels, pad(items, sizes).to(device), sizes.to(device))
+        return Images(labels, pad(items, sizes).to(device), sizes.to(device), names=names)
 
     def epoch(self, number, first, batch_size, crops, run, seed):
         """Batches of a shuffled pass over the training images from batch `first` on; with several
@@ -1238,20 +1315,6 @@ class Data:
         order = order[: steps * batch_size].view(steps, run.world, -1)[first:, run.rank]
         return batches(self.train, order.flatten(), order.shape[1], crops, run.device, self.how[-1],
                        (seed, number, run.rank), first)
-
-
-def labelled_images(folder, classes):
-    """Files and labels (n,) of folder/<class>/*."""
-    files, labels = [], []
-    unknown = [f for f in folder.iterdir() if f.is_dir() and f.name not in classes]
-    unknown = [printable(f.name) for f in unknown if f.name[0] != "." and find_images(f)[0]]
-    if unknown:
-        fail(f"{printable(folder)} has classes that train has not: {shortened(unknown)}")
-    for c, name in enumerate(classes):
-        found, _ = find_images(folder / name)
-        files += found
-        labels += [c] * len(found)
-    return files, torch.tensor(labels)
 
 
 def shuffle(n):
@@ -1268,6 +1331,8 @@ def hold_out(labels):
         n = 0 if len(i) < 2 else math.ceil(len(i) / 10)
         kept.append(i[n:])
         tenth.append(i[:n])
+    if not any(map(len, tenth)):
+        fail("too few training images: none can be held out where no class has two")
     return torch.cat(kept), torch.cat(tenth)
 
 

@@ -444,22 +444,26 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """
     if not torch.isfinite(fit[0]).all():
         return math.nan
-    scores = regression_path(*fit, *val, penalties)
+    scores = []
+    for score in regression_path(*fit, *val, penalties):
+        scores.append(score)
+        if score < max(scores) - 2:  # weaker ones overfit still more
+            break
     if test is None:
         return max(scores)
     both = [torch.cat(pair) for pair in zip(fit, val)]
-    return regression_path(*both, *test, penalties[: scores.index(max(scores)) + 1])[-1]
+    *_, score = regression_path(*both, *test, penalties[: scores.index(max(scores)) + 1])
+    return score
 
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS -> top-1 on x_test, y_test for each penalty, from strong to weak; each
+    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, from strong to weak; each
     fit starts from the result of the one before. x is standardised first."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
     b = torch.zeros_like(w[0], requires_grad=True)
-    scores = []
     for penalty in penalties:
         lbfgs = torch.optim.LBFGS(
             [w, b], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
@@ -472,8 +476,7 @@ def regression_path(x, y, x_test, y_test, penalties):
 
         lbfgs.step(objective)
         correct = (x_test @ w + b).argmax(1) == y_test
-        scores.append(100 * correct.float().mean().item())
-    return scores
+        yield 100 * correct.float().mean().item()
 
 
 def accuracies(f, names, crop, splits, run):
@@ -530,6 +533,8 @@ def evaluate(net, data, args, run, test=False):
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
         results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+    if test:
+        common.export(lambda x: net(*x)[:1], data, view, run)  # with --embed
     net.train()
     return run.report(results, test)
 

@@ -2,16 +2,18 @@
 
     python benchmarks/mutation.py simclr    writes the rows of simclr in benchmarks/mutation.csv
 
-Of the sections "Loss" and "EMA / queue / centre" and the block `# -- step` each operator, constant,
-order of arguments, condition and detach is changed and each statement without a result left out. The
-tests of the file run with the changed source in memory; they kill a mutant if one of them fails. What
-survives is a missing test, or stands in EQUIVALENT with the reason why nothing can tell it.
+In the sections "Loss" and "EMA / queue / centre" and the block `# -- step`, each operator, number,
+order of arguments or results, condition and detach is changed, and each statement without a result
+left out. The tests of the file run with the changed source in memory; a mutant is killed if one of
+them fails. What survives is a missing test, or stands in EQUIVALENT with the reason.
 """
 
 import argparse
 import ast
 import copy
 import csv
+import functools
+import multiprocessing
 import re
 import sys
 from pathlib import Path
@@ -26,7 +28,34 @@ OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mul
          ast.Mod: ast.FloorDiv, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
          ast.Eq: ast.NotEq, ast.And: ast.Or, ast.Or: ast.And}
 
-EQUIVALENT = {  # change -> why it makes no difference, or none that a CPU in float32 shows
+STEP = "algorithm or what_runs or processes or second_process or thaws or paths"  # tests of a step
+
+ALIKE = "the two views are drawn alike, and the loss is symmetric"
+ONE_TYPE = "all parameters have one dtype and device"
+BROADCAST = "(K,) is broadcast as (1, K) is"
+EQUIVALENT = {  # (code, change) -> why nothing can tell it
+    ("z = F.normalize(torch.cat([z1, z2]), dim=1)", "[z1, z2] -> ([z2, z1])"): ALIKE,
+    ("x1, x2 = aug(views, args)", "(x1, x2) -> ((x2, x1))"): ALIKE,
+    ("_, z = model(torch.cat([x1, x2]))", "[x1, x2] -> ([x2, x1])"): ALIKE,
+    ("z1, z2 = z.float().chunk(2)", "(z1, z2) -> ((z2, z1))"): ALIKE,
+    ("loss = nt_xent(run.gather(z1), run.gather(z2), args.temperature)",
+     "nt_xent(run.gather(z1), run.gather(z2), args.temperature) -> "
+     "nt_xent(run.gather(z2), run.gather(z1), args.temperature)"): ALIKE,
+    ("weight = torch.as_tensor(1 - m, dtype=new[0].dtype, device=new[0].device)",
+     "0 -> (1)"): ONE_TYPE,
+    ("return m * center + (1 - m) * teacher.mean(0, keepdim=True)", "True -> (False)"): BROADCAST,
+    ("Q -= gather(columns).logsumexp(0, keepdim=True) if gather else columns",
+     "True -> (False)"): BROADCAST,
+    ("random_keys = max(0.0, 1 - (step + 1) * N / K)",
+     "max(0.0, 1 - (step + 1) * N / K) -> max(1 - (step + 1) * N / K, 0.0)"): "max is symmetric",
+    ("masks = draw_masks(step, args, run).to(run.device, non_blocking=True)",
+     "True -> (False)"): "only faster on a GPU",
+    ("for C, outputs in ((center, t), (center_patch[0], t_patch.flatten(0, 1))):",
+     "((center, t), (center_patch[0], t_patch.flatten(0, 1))) -> "
+     "(((center_patch[0], t_patch.flatten(0, 1)), (center, t)))"): "neither centre needs the other",
+    ("return s.logsumexp(1) - torch.linalg.vecdot(q.detach(), s, dim=1)",
+     "torch.linalg.vecdot(q.detach(), s, dim=1) -> torch.linalg.vecdot(s, q.detach(), dim=1)"):
+        "a dot product is symmetric",
 }
 
 
@@ -76,7 +105,8 @@ def changes(node):
             new = new.args[0]
         case ast.Call(func=ast.Attribute(attr="mean" | "sum" as attr)):
             new.func.attr = {"mean": "sum", "sum": "mean"}[attr]
-        case ast.List(elts=[_, _, *_]) | ast.Tuple(elts=[_, _, *_]):
+        case ast.List(elts=[_, _, *_]) | ast.Tuple(elts=[_, _, *_]) if not any(
+                isinstance(n, ast.Slice) for n in node.elts):
             new.elts[:2] = new.elts[1::-1]
         case ast.IfExp():
             yield f"({ast.unparse(new.body)})"
@@ -87,14 +117,15 @@ def changes(node):
             new = ast.Pass()
         case _:
             new = None
-    if new:
+    if new and ast.dump(new) != ast.dump(node):
         yield f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
     if isinstance(node, ast.Call):
         match node.args:
             case [ast.expr() as a, ast.expr() as b, *_] if not isinstance(b, ast.Starred):
                 new = copy.deepcopy(node)
                 new.args[:2] = [b, a]
-                yield ast.unparse(new)
+                if ast.dump(a) != ast.dump(b):
+                    yield ast.unparse(new)
 
 
 def mutants(source):
@@ -128,16 +159,29 @@ def mutants(source):
 # ==================================================================================================
 
 
-def killer(method, name, source):
-    """The test that fails with this source, or None."""
+def killer(method, name, source, quick):
+    """The test that fails with this source, or None. Those that are named for the function and what
+    test_common.py has on steps come first; the whole file only if they pass."""
     file = f"tests/test_{method}.py"
     doc = re.search(rf"^def {name}\(.*?Test: (test_\w+)", source, re.M | re.S)
-    near = [f"-k={doc[1]}"] if doc and name != "train" else ["-k=algorithm"]
-    for tests, flags in (([file], near), ([file], []),
-                         (["tests/test_common.py"], [f"-k={method} and failed_step"])):
-        found = mistakes.outcome({method: source}, tests, *flags).failed
-        if found:
-            return [*found][0].split("::")[-1]
+    stages = [(file, STEP if name == "train" else doc[1])]
+    if name == "train":
+        stages.append(("tests/test_common.py", f"{method} and (failed_step or half_precision)"))
+    stages += [] if quick else [(file, "test")]
+    for tests, which in stages:
+        failed = mistakes.outcome({method: source}, [tests], f"-k={which}").failed
+        if failed:
+            return [*failed][0].split("::")[-1]
+
+
+def judge(mutant, quick):
+    """Its row of the table."""
+    row, changed = mutant
+    method, name, _, code, change = row
+    reason = EQUIVALENT.get((code, change), "")
+    test = killer(method, name, changed, quick or reason)
+    result = "killed" if test else "equivalent" if reason else "survived"
+    return [*row, result, test or reason]
 
 
 def main(argv=None):
@@ -145,24 +189,28 @@ def main(argv=None):
     parser.add_argument("method", choices=sorted(f.stem[5:] for f in ROOT.glob("tests/test_*.py")
                                                  if (ROOT / f"{f.stem[5:]}.py").exists()))
     parser.add_argument("--function", default="", help="only this one; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="with the nearest tests alone")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args(argv)
     source, rows = (ROOT / f"{args.method}.py").read_text(), []
+    lines, found = source.split("\n"), []
     for name, line, change, changed in mutants(source):
-        if args.function not in ("", name):
-            continue
-        test = killer(args.method, name, changed)
-        result = "killed" if test else "equivalent" if change in EQUIVALENT else "survived"
-        rows.append([args.method, name, line, change, result, test or EQUIVALENT.get(change, "")])
-        print(*rows[-1][1:], sep=" | ", flush=True)
-    counts = {r: sum(row[4] == r for row in rows) for r in ("killed", "equivalent", "survived")}
+        if args.function in ("", name):
+            code = lines[line - 1].split("  #")[0].strip()
+            found.append(([args.method, name, line, code, change], changed))
+    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+        for row in pool.imap(functools.partial(judge, quick=args.quick), found):
+            rows.append(row)
+            print(*row[1:], sep=" | ", flush=True)
+    counts = {r: sum(row[5] == r for row in rows) for r in ("killed", "equivalent", "survived")}
     print(f"{args.method}: {len(rows)} mutants,", ", ".join(f"{n} {r}" for r, n in counts.items()))
-    if args.function:
+    if args.function or args.quick:
         return
     others = list(csv.reader(TABLE.open()))[1:] if TABLE.exists() else []
     rows = sorted([row for row in others if row[0] != args.method] + rows, key=lambda row: row[0])
     with TABLE.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(
-            [["method", "function", "line", "change", "result", "by"], *rows])
+            [["method", "function", "line", "code", "change", "result", "by"], *rows])
 
 
 if __name__ == "__main__":

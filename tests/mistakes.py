@@ -44,7 +44,7 @@ MISTAKES = [
     Mistake("your loss takes a neighbouring row for the positive", "simclr.py", "nt_xent",
             ".roll(len(z1))", ".bitwise_xor(1)",
             SIMCLR + "test_nt_xent_equation",
-            "The loss falls, but it draws different images together.",
+            "Different images were drawn together; the maintainers saw it in their training logs.",
             "open-mmlab/mmselfsup#159"),
     Mistake("your loss leaves the positive out of the denominator", "simclr.py", "nt_xent",
             "return F.cross_entropy(s, j)",
@@ -76,7 +76,8 @@ MISTAKES = [
     Mistake("your loss does not normalise the embeddings", "simclr.py", "nt_xent",
             "F.normalize(torch.cat([z1, z2]), dim=1)", "torch.cat([z1, z2])",
             SIMCLR + "test_nt_xent_equation",
-            "The loss falls because vectors grow.", "Link-Li/CLMLF#3"),
+            "A reader asked for the reason: the loss can fall because vectors grow.",
+            "Link-Li/CLMLF#3"),
     Mistake("your loss normalises the batch as one vector", "simclr.py", "nt_xent",
             "F.normalize(torch.cat([z1, z2]), dim=1)", "F.normalize(torch.cat([z1, z2]), dim=None)",
             SIMCLR + "test_nt_xent_equation",
@@ -111,7 +112,7 @@ MISTAKES = [
     Mistake("your cosine has another length than the run", "simclr.py", "lr_at",
             "math.pi * (step - warmup)", "3 * math.pi * (step - warmup)",
             SIMCLR + "test_lr_at",
-            "T_max was in batches and step() came once an epoch: the rate went up and down.",
+            "T_max was in batches, step() came once an epoch: the cosine did not end with the run.",
             "sthalles/SimCLR#43"),
     Mistake("your LARS adapts and decays biases too", "simclr.py", "LARS.step",
             " if p.ndim > 1]", "]",
@@ -129,7 +130,7 @@ MISTAKES = [
     Mistake("your key encoder follows in the wrong direction", "moco.py", "ema_update",
             "1 - m,", "m,",
             MOCO + "test_ema_update",
-            "The key encoder jumps to the query encoder, and the keys of a queue do not fit together.",
+            "The key encoder jumps to the query encoder: the keys of a queue do not fit together.",
             ""),
     Mistake("your queue holds the positives when it is read", "moco.py", "train",
             "            q, k = F.normalize(q.float()), F.normalize(k.float())\n",
@@ -156,7 +157,7 @@ MISTAKES = [
     Mistake("you do not shuffle the keys' images", "moco.py", "train",
             "permutation(args, step, run.device)", "torch.arange(N, device=run.device)",
             MOCO + "test_algorithm_1",
-            "The loss falls faster, and 100 shuffled epochs beat 200 others.",
+            "Shuffling improved the accuracy on CIFAR-10.",
             "lightly-ai/lightly#18"),
     Mistake("you do not put shuffled keys back in order", "moco.py", "encode_shuffled",
             "run.gather(k)[order.argsort()]", "run.gather(k)",
@@ -165,7 +166,7 @@ MISTAKES = [
     Mistake("your positives are those of the first process everywhere", "moco.py", "train",
             "k.chunk(run.world)[run.rank]", "k[: len(q)]",
             MOCO + "test_positives_of_the_second_process",
-            "Right on one GPU; on the second a mask or a label was made for the first.",
+            "Right on one GPU; on the second the mask was that of the first.",
             "vturrisi/solo-learn#206"),
     Mistake("your keys come from the query encoder", "moco.py", "train",
             "encode_shuffled(f_k,", "encode_shuffled(f_q,",
@@ -190,7 +191,7 @@ MISTAKES = [
             "            ema_update(net_ema, net, torch.where(ok, m, 1.0))"
             "  # EMA: xi = m xi + (1 - m) theta\n", "",
             BYOL + "test_algorithm",
-            "The function was there and nothing called it: the target stayed random.",
+            "The function was there and nothing called it: the target stayed as it began.",
             "PatrickHua/SimSiam#26"),
     Mistake("your target follows without its biases", "byol.py", "ema_update",
             "list(net_ema.parameters()), list(net.parameters())",
@@ -384,7 +385,7 @@ MISTAKES = [
             "regression_path(*both, *test, penalties[: scores.index(max(scores)) + 1])[-1]",
             "max(regression_path(*both, *test, penalties))",
             COMMON + "test_linear_probe",
-            "The best of several figures on the test set, not what a user would get.",
+            "Mended, one of three figures was lower.",
             "hengruizhang98/CCA-SSG#2"),
     Mistake("you extract features in train mode", "simclr.py", "evaluate",
             "    net.eval()\n", "    net.train()\n",
@@ -490,9 +491,9 @@ def outcome(sources, tests, *flags):
 INTRODUCTION = """# The museum of bugs
 
 Ways in which implementations of these methods went wrong: what it was, what one saw, where it is in
-the public record. Each stands in `tests/mistakes.py` as a patch of a line or two on the file here,
-and `python -m pytest tests/test_museum.py` shows that the named test fails with it. Where there is no
-record, what one saw is what one would see.
+the public record. What one saw is from the record where it says so, and what one would see where it
+does not. Each stands in `tests/mistakes.py` as a patch of a line or two on the file here, and
+`python -m pytest tests/test_museum.py` shows that the named test fails with it.
 """
 
 

@@ -360,3 +360,17 @@ def test_cifar10_goes_on(scripts, tmp_path):
         assert done.returncode == 2 and "STAGE" in done.stderr and not commands
     done, commands = scripts("cifar10", "rest", PYTHON="false")
     assert done.returncode == 1 and not (tmp_path / trained("ibot", 200)[0]).exists()
+
+
+@pytest.mark.parametrize("method, flags", [("simclr", ""), ("dino", "--local-crops 2")])
+def test_peers(method, flags, tmp_path, capsys):
+    pytest.importorskip("lightly")
+    for i in range(24):
+        folder = tmp_path / "train" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 10 * i, np.uint8)).save(folder / f"{i}.png")
+    argv = [method, "--dataset", str(tmp_path), "--limit", "16", "--batch-size", "8", "--rounds",
+            "1", "--image-size", "16", *flags.split()]
+    benchmark("peers").main(argv)
+    out = capsys.readouterr().out
+    assert f"{method}, " in out and "batch 8, 16 pixels" in out and " times as fast" in out

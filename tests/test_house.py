@@ -11,8 +11,8 @@ import tokenize
 import pytest
 from tools import METHODS, NAMES, ROOT
 
-CAPS = {"simclr": 230, "byol": 250, "moco": 290, "dino": 435, "ibot": 500, "dinov2": 580,
-        "pretext": 540, "weak": 450, "common": 925}  # lines of code
+CAPS = {"simclr": 230, "byol": 250, "moco": 290, "dino": 440, "ibot": 505, "dinov2": 585,
+        "pretext": 545, "weak": 450, "common": 975}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "Training",
            "Evaluation", "Backbone"]

@@ -44,6 +44,7 @@ def written(folder, name):
     ("moco_bn_leak", 2, "--batch-size 40 --splits 1 2"),
     ("moco_steps-ms", 1, "--batch-size 40 --ms 0.9"),
     ("pretext_tasks", 3 + 1, "--tasks patch"),
+    ("weak", 3 * 2 + 3 + 3 * 3, "--batch-size 20"),
 ])
 def test_lesson(tmp_path, monkeypatch, name, rows, own):
     module = lesson(name.split("-")[0])
@@ -53,6 +54,33 @@ def test_lesson(tmp_path, monkeypatch, name, rows, own):
     module.main([*TINY, *own.split(), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
     found = written(tmp_path, name)
     assert len(found) == rows and all(0 <= float(row.get("linear_top1", 0)) <= 100 for row in found)
+
+
+def test_weak(tmp_path, monkeypatch):
+    """Bags have a picture, wrong labels the best epoch; a planted source can be trusted or not."""
+    module = lesson("weak")
+    some = {task: dict([next(iter(module.RUNS[task].items()))]) for task in ("bags", "noisy")}
+    monkeypatch.setattr(module, "RUNS", some)
+    module.main([*TINY, *"--batch-size 20 --limit 60 --epochs 2 --runs".split(),
+                 str(tmp_path / "runs"), "--out", str(tmp_path)])
+    found = {row["figure"]: float(row["value"]) for row in written(tmp_path, "weak")}
+    assert len(found) == 6 + 1 + 2 * 4
+    assert all(found[f"best_{k}_accuracy"] >= found[f"{k}_accuracy"] for k in ("plain", "clean"))
+    worlds = {k: module.planted(*world, seed=0) for k, world in module.WORLDS.items()}
+    ahead = {k: v["label_model_accuracy"] - v["majority_accuracy"] for k, v in worlds.items()}
+    assert ahead["unequal"] > 5 and abs(ahead["alike"]) < 1 and ahead["one 6 times"] < -5
+
+
+def test_weak_picture(tmp_path):
+    """A positive bag, image beside image, with bars as long as their attention."""
+    module, method = lesson("weak"), importlib.import_module("weak")
+    argv = [*TINY, "--limit", 60, "--batch-size", 20, "--task", "bags", "--out", tmp_path / "run"]
+    net, data, run = train(method, argv)
+    image = module.weighed(net, data, run)
+    count = image.shape[1] // 18
+    assert image.shape == (16 + 6, 18 * count, 3) and 1 <= count <= 10
+    bars = image[17:21, :, 0].unflatten(1, (count, 18))[:, :, 1:-1]
+    assert ((bars == 0) | (bars == 1)).all() and 0 < (bars == 0).float().mean() < 0.5
 
 
 @pytest.mark.parametrize("method, table", [
@@ -419,3 +447,17 @@ def test_dinov2_dense_layers():
     assert module.pixels(image, 2).shape == (2, 2, 2, 12)
     assert torch.equal(module.pixels(image, 2)[1, 0, 1], image[1, :, :2, 2:].flatten())
     assert module.per_patch(image[:, 0], 2)[0, 1, 0] == image[0, 0, 2:, :2].mean()
+
+
+def test_neighbours(tmp_path, capsys):
+    """The shares are those of the five nearest by cosine, in float64."""
+    argv = [*TINY, "--batch-size", "20", "--out", str(tmp_path / "run")]
+    simclr.main(argv)
+    lesson("neighbours").main([str(tmp_path / "run" / "backbone.pt"), "--out", str(tmp_path)])
+    assert (tmp_path / "neighbours.png").stat().st_size > 5000
+    x, labels, *_ = common.toys(40, 16, 0)
+    x_test, labels_test, *_ = common.toys(40, 16, 1)
+    a, b = (t.double().flatten(1) for t in (x_test, x))
+    cosine = torch.corrcoef(torch.cat([a, b]))[:40, 40:]  # of pixels less their mean
+    same = labels[cosine.argsort(1, descending=True)[:, :5]] == labels_test[:, None]
+    assert f"mean: {same.double().mean():.1%} of the five" in capsys.readouterr().out

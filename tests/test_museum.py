@@ -1,8 +1,16 @@
 """Every mistake of the museum is caught by the test that it names."""
 
+import ast
+import sys
+
 import mistakes
 import pytest
+import tools
 from mistakes import MISTAKES, ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import mutation  # noqa: E402
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[m.name for m in MISTAKES])
@@ -23,3 +31,17 @@ def test_the_page_is_the_list():
     assert len({m.name for m in MISTAKES}) == len(MISTAKES)
     for m in MISTAKES:
         assert m.name.startswith(("your ", "you ")) and m.saw.endswith(".")
+
+
+def test_mutants():
+    """benchmarks/mutation.py changes every loss and the step, and knows a change that kills."""
+    for method in tools.METHODS:
+        source = (ROOT / f"{method}.py").read_text()
+        found = [*mutation.mutants(source)]
+        assert {name for name, *_ in found} == {name for name, _ in mutation.regions(source)}
+        assert all(changed != source for *_, changed in found)
+        ast.parse(found[-1][-1])
+    source = (ROOT / "simclr.py").read_text()
+    changed = source.replace("/ tau  #", "* tau  #")
+    assert mutation.killer("simclr", "nt_xent", changed, quick=True) == "test_nt_xent_equation"
+    assert mutation.killer("simclr", "nt_xent", source, quick=True) is None

@@ -75,9 +75,9 @@ def test_cross_entropy_equation():
 
 
 def test_classification():
-    logits, y = torch.eye(4), torch.tensor([0, 1, 3, 3])
+    logits, y = torch.eye(4)[:3], torch.tensor([0, 1, 3])
     figures = pretext.classification(logits, y)
-    assert close(figures["accuracy"], 3 / 4)
+    assert close(figures["accuracy"], 2 / 3, 1e-6)
     assert close(figures["loss"], pretext.cross_entropy(logits, y))
 
 

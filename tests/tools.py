@@ -55,7 +55,7 @@ def options(file, argv):
     return common.options(file.__name__, file.__doc__, file.OPTIONS, [str(a) for a in argv])
 
 
-def completed(file, argv=(), side=None, n=5000):
+def completed(file, argv=(), side=None, n=5000, device="cuda"):
     """args as a run on n images with this shorter side has them; None: the built-in set."""
     items = range(n)
     data = SimpleNamespace(side=side, parts={"train": (items, None)}, val=[None, items],
@@ -63,7 +63,7 @@ def completed(file, argv=(), side=None, n=5000):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "Data", lambda *_: data)
         patch.setattr(common, "write", lambda *_: None)
-        run = SimpleNamespace(folder=Path(), device=torch.device("cpu"), world=1)
+        run = SimpleNamespace(folder=Path(), device=torch.device(device), world=1)
         common.load_data(args := options(file, argv), file.OPTIONS, run)
     return args
 

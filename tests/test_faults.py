@@ -1,0 +1,312 @@
+"""What users run into: half an environment, taken ports, names that no terminal prints, layouts and
+files of other kinds. Each fault ends in one sentence, or is told, or does no harm."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from test_common import TRAIN, opened, saved, stopped_after, tiny, tree
+from tools import ROOT, TINY, fails, options, refused
+
+import common
+import simclr
+
+# ==================================================================================================
+# Processes
+# ==================================================================================================
+
+
+@pytest.fixture
+def port():
+    """One that is taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield str(taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("given, word", [
+    ("RANK=1", "below 1"), ("WORLD_SIZE=2", "RANK"), ("RANK=0 WORLD_SIZE=2", "MASTER_ADDR"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1", "MASTER_PORT"),
+    ("WORLD_SIZE=two", "'two'"), ("WORLD_SIZE=", "''"), ("WORLD_SIZE=-1", "'-1'"),
+    ("RANK=0 WORLD_SIZE=0", "below 0"), ("RANK=2 WORLD_SIZE=2", "below 2"), ("RANK=x", "'x'"),
+    ("LOCAL_WORLD_SIZE=x", "'x'"), ("RANK=0 WORLD_SIZE=1.5", "'1.5'"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=taken", "do not meet"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=99999", "do not meet"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}", "do not meet")])
+def test_half_an_environment_of_torchrun(given, word, port, monkeypatch, capsys, tmp_path):
+    for pair in given.format(port=port).split():
+        monkeypatch.setenv(*pair.split("="))
+    assert word in fails(lambda: opened("--out", tmp_path / "run"), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_share_of_the_cores(monkeypatch):
+    whole = common.cores()
+    for share, expected in (("0", whole), ("1", whole), ("999", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", share)
+        assert common.cores() == expected
+
+
+def test_more_processes_than_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    error = fails(lambda: opened("--device", "cuda"), capsys)
+    assert "LOCAL_RANK is '4', and has to be a whole number below 4" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_ends_a_wait_for_other_processes(number, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = subprocess.Popen(
+        [sys.executable, ROOT / "simclr.py", *TINY, "--out", tmp_path / "run"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(port)))
+    for _ in range(1200):  # until it listens
+        with socket.socket() as other:
+            if not other.connect_ex(("127.0.0.1", port)):
+                break
+        time.sleep(0.1)
+    assert run.poll() is None  # it waits
+    run.send_signal(number)
+    try:
+        assert run.wait(30) in (-number, 1, 128 + number)
+    finally:
+        run.kill()
+
+
+# ==================================================================================================
+# Options, names, folders, files
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("option", ["dataset", "out", "init", "eval", "device", "data-dir"])
+def test_an_empty_value_is_refused(option, capsys):
+    assert f"--{option} is" in fails(lambda: options(simclr, [f"--{option}", ""]), capsys)
+
+
+def test_names_that_a_terminal_cannot_print(tmp_path):
+    """Bytes that are no text, control characters, and letters that its encoding does not have."""
+    folder = tmp_path / "caf\udce9 \u65e5"
+    tree(folder, **TRAIN)
+    (folder / "train" / "b").rename(folder / "train" / "b\udcff\n\x1b[31m")
+    (folder / "train" / "a" / "\u65e5\n.jpg").write_bytes(b"no image")
+    argv = [*TINY, "--batch-size", "8", "--epochs", "1", "--eval-every", "0"]
+    for encoding in ("utf-8:strict", "ascii:strict"):
+        run = subprocess.run(
+            [sys.executable, "-c", "import sys; sys.modules['matplotlib.figure'] = None; "
+             "import simclr; simclr.main()", *argv, "--dataset", folder], cwd=tmp_path,
+            capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding,
+                                                   "PYTHONPATH": str(ROOT)})
+        assert run.returncode == 0 and not run.stderr, run.stderr
+        assert rb"2 classes (a, b\udcff\n\x1b[31m)" in run.stdout and b"\x1b" not in run.stdout
+
+
+def test_errors_are_one_line(capsys):
+    error = fails(lambda: common.fail("of a file named a\nb\r\x1b[2Jc\udce9"), capsys)
+    assert error == "error: of a file named a\\nb\\r\\x1b[2Jc\\udce9\n"
+
+
+def test_the_folder_of_a_dataset_with_a_relative_name(tmp_path, monkeypatch):
+    (tmp_path / "photos" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos" / "x")
+    for name in (".", "../x", f"{tmp_path}/photos/x/"):
+        with pytest.raises(ZeroDivisionError), opened("--dataset", name) as run:
+            run.step = 1 / 0
+        assert str(run.folder) == "runs/loop-x-s0"
+
+
+def test_resume_where_a_folder_in_between_is_free(tmp_path):
+    def touch(name, *files):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for file in files:
+            (tmp_path / name / file).touch()
+            time.sleep(0.02)  # the clock of a file system is coarse
+
+    def resumed():
+        return opened("--resume", "--out", tmp_path / "run").folder.name
+
+    touch("run-2", "args.json", "last.pt")
+    assert resumed() == "run-2"  # `run` is deleted
+    touch("run")
+    assert resumed() == "run-2"  # `run` has failed, and is free
+    touch("run", "args.json", "last.pt")
+    assert resumed() == "run"  # begun again, and stopped after run-2
+    touch("run", "results.json")
+    assert resumed() == "run-2"
+    touch("run-7", "args.json", "last.pt")
+    assert resumed() == "run-7"
+
+
+@pytest.mark.parametrize("out", ["/proc/run", "/sys/run", "file", "file/run", "loop/run"])
+def test_a_folder_that_cannot_be_made(out, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    error = refused(simclr, [*TINY, "--out", tmp_path / out], capsys)
+    assert out in error and "no folder can be made" in error
+
+
+@pytest.mark.parametrize("raised", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_no_part_is_left_behind(raised, tmp_path):
+    def content(part):
+        part.write_text("half")
+        raise raised
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        common.write(tmp_path / "a.pt", content)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_with_other_data_of_the_same_number(tmp_path, capsys):
+    """Other names, or other labels; another path is no difference."""
+    root = Path(tree(tmp_path / "one", train__a=20, train__b=20, test__a=1))
+    argv = tiny("simclr", "--eval-every", "0", "--arch", "convnet", "--stem", "7x7", "--lr", "0.5",
+                "--out", str(tmp_path / "run"), "--dataset")
+    stopped_after(1, "simclr", *argv[len(tiny("simclr")):], root)
+    root = root.rename(tmp_path / "two")
+    file = root / "train" / "a" / "0.png"
+    for other in ("a/new.png", "b/20.png"):
+        moved = file.rename(root / "train" / other)
+        assert "checksum" in refused(simclr, [*argv, root, "--resume"], capsys)
+        moved.rename(file)
+    stopped_after(2, "simclr", *argv[len(tiny("simclr")):], root, "--resume")
+
+
+# ==================================================================================================
+# Checkpoints
+# ==================================================================================================
+
+NET = simclr.SimCLR("convnet").backbone.state_dict()
+
+
+def loaded(content, tmp_path):
+    args = options(simclr, ["--init", saved(tmp_path, content).init, "--arch", "convnet"])
+    args.head, args.dim, args.stem = "linear", 8, "7x7"
+    net = simclr.build(args)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    common.load_weights(net, args)
+    return net.backbone.state_dict()
+
+
+@pytest.mark.parametrize("content", [
+    {"method": "simclr", "state": {"net": None}}, {"method": "simclr", "state": {"net": [1]}},
+    {"method": "simclr", "state": {}}, {"state_dict": None}, {1: torch.zeros(2)}, {},
+    {k: v.to_sparse() if v.ndim else v for k, v in NET.items()},
+    {k: v.to("meta") for k, v in NET.items()}, {k: v[None] for k, v in NET.items()},
+    {f"{k}\n": v for k, v in NET.items()}, {k.encode(): v for k, v in NET.items()}],
+    ids="none list empty-state null numbers empty sparse meta deeper lines bytes".split())
+def test_a_checkpoint_of_another_kind_is_refused(content, tmp_path, capsys):
+    fails(lambda: loaded(content, tmp_path), capsys)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "encoder.", "net.", "module.encoder.",
+                                    "_orig_mod.module.", "model.backbone.", "module.model."])
+def test_prefixes_of_wrappers_are_stripped(prefix, tmp_path):
+    found = loaded({"state_dict": {prefix + k: v for k, v in NET.items()}, "epoch": 3}, tmp_path)
+    assert all(torch.equal(found[k], v) for k, v in NET.items())
+
+
+# ==================================================================================================
+# Layouts and images
+# ==================================================================================================
+
+
+def found(root, capsys):
+    """The images of each part, and what is told of them."""
+    data = common.Data(str(root))
+    return {k: len(v) for k, (v, _) in data.parts.items()}, capsys.readouterr().out
+
+
+def test_what_is_not_used_is_told(tmp_path, capsys):
+    tree(tmp_path, **TRAIN, valid__a=2, valid__b=2, Test__b=3, spare__a=5, train__none=0, runs=1)
+    parts, out = found(tmp_path, capsys)  # a class without images is none
+    assert parts == {"train": 20, "val": 4, "test": 3}
+    assert "2 classes (a, b);" in out and "folders not entered: runs, spare\n" in out
+
+
+def test_flat_splits_and_no_splits(tmp_path, capsys):
+    tree(tmp_path, train=9, test=3)
+    parts, out = found(tmp_path, capsys)
+    assert parts == {"train": 9} and f"all of {tmp_path}/train is for training" in out
+    assert "not entered: test\n" in out
+    (tmp_path / "train").rename(tmp_path / "cats")
+    parts, out = found(tmp_path, capsys)
+    assert parts == {"train": 12} and f"all of {tmp_path} is for training" in out
+
+
+@pytest.mark.parametrize("counts, word", [
+    (dict(train=2), "train has images of no class of train: 0.png, 1.png"),
+    (dict(test=1, test__a=2), "test has images of no class of train: 0.png"),
+    (dict(val__images=2), "val has images of no class of train: images"),
+    (dict(test=3), "test has images of no class"),
+    (dict(val__a=2, valid__a=2), "two folders for the val split"),
+    (dict(Train__a=2, Train__b=1), "two folders for the train split"),
+    (dict(test__c=2, train__c=0), "test has images of no class of train: c")])
+def test_layouts_that_are_refused(counts, word, tmp_path, capsys):
+    tree(tmp_path, **TRAIN, **counts)
+    assert word in fails(lambda: found(tmp_path, capsys), capsys)
+
+
+def test_one_image_of_each_class_is_too_few(tmp_path, capsys):
+    tree(tmp_path, train__a=1, train__b=1, test__a=1)
+    argv = [*TINY, "--batch-size", "2", "--out", tmp_path / "run"]
+    for more in (["--dataset", tmp_path], ["--limit", "1"]):
+        assert "too few training images" in refused(simclr, [*argv, *more], capsys)
+
+
+def test_a_run_that_was_killed_is_no_data(tmp_path, capsys):
+    tree(tmp_path, x=4, x__run=1, y=2)
+    for file in ("args.json", "views.png"):
+        (tmp_path / "x" / "run" / file).touch()
+    (tmp_path / "y" / "args.json").touch()  # of something else
+    assert found(tmp_path, capsys)[0] == {"train": 6}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to become somebody else")
+def test_folders_that_may_not_be_read_are_named(tmp_path, capsys):
+    tree(tmp_path, a=3, b=3)
+    (tmp_path / "a").chmod(0)
+    try:
+        for folder in [tmp_path, *tmp_path.parents][:3]:
+            folder.chmod(0o755)
+        os.seteuid(65534)
+        parts, out = found(tmp_path, capsys)
+    finally:
+        os.seteuid(0)
+    assert parts == {"train": 3} and "Permission denied" in out and "/a'" in out
+
+
+RAMP = np.linspace(0, 1, 400).reshape(20, 20)
+
+
+@pytest.mark.parametrize("values, low, high", [
+    (2 * RAMP - 1, 0, 255), (1000 * RAMP - 1000, 0, 255), (3000 * RAMP - 1000, 0, 186),
+    (1e6 * RAMP, 0, 255), (np.where(RAMP > 0, RAMP, np.nan), 0, 255),
+    (np.where(RAMP > 0, 200 * RAMP, np.inf), 0, 200), (0 * RAMP - 5, 0, 0)],
+    ids="negative all-negative hounsfield large nan inf flat".split())
+def test_deep_images_of_any_range(values, low, high, tmp_path):
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "a.tif")
+    pixels = common.read_image(tmp_path / "a.tif", 20)
+    assert abs(int(pixels.min()) - low) <= 1 and abs(int(pixels.max()) - high) <= 1
+    assert (np.diff(pixels.reshape(-1, 3)[1:].astype(int), axis=0) >= 0).all()  # still a ramp
+
+
+def test_text_beside_the_pixels_is_no_reason_to_go_without_them(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("notes", "b" * 3_000_000, zip=True)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png", pnginfo=text)
+    assert common.read_image(tmp_path / "a.png", 20).shape == (20, 20, 3)

@@ -1,0 +1,800 @@
+"""Weak supervision: labels that are rules, of whole bags, wrong, or few
+Data programming: Ratner, De Sa, Wu, Selsam, Re, NeurIPS 2016, https://arxiv.org/abs/1605.07723,
+and five others
+Slides: "Weak Supervised Learning (WSL)" and "How can we do Weak Supervised Learning?".
+
+A classifier is wanted and there are no good labels for it. Labels of another kind are cheap, and a
+model of how they come about says what to learn from them. In the words of the slides, rules and
+wrong labels are inaccurate, labels of bags inexact, few labels incomplete.
+
+    --task        what is known                   what is made of it
+    labeling      rules, which vote or abstain    a label model weighs the votes by their agreement
+    bags          a bag has a fish, or has none   attention finds the fish
+    noisy         labels, half of them wrong      two networks, each sorts them out for the other
+    pseudo        few labels, many images         answers that are certain become labels
+
+A run trains the network of the method and beside it those of its floor and its ceiling, from the
+same images in the same steps. For a batch of N images:
+    x = t(image)                        random augmentations              crops, augment
+    h = f(x), s = head(h)               of each network                   Network.forward
+    L(s, what the network is told)      of each network                   losses of the task
+    update the networks                 AdamW                             train, lr_at
+
+  labeling: Ratner 2016; Fu 2020 (2002.11955). The four steps of the slides:
+    unlabelled data -> rules            votes, -1 abstains                measures, rules
+    -> cleaned labels                   P(y | votes), by EM or triplets   label_model
+    -> train model                      L = E_{y | votes} l(s, y)         noise_aware_loss
+  bags: Ilse 2018 (1802.04712); the maximum as in Dietterich 1997 (Artificial Intelligence 89)
+    z = sum_k a_k h_k                   a = softmax_k( w . tanh(V h_k) )  attention_pool
+  noisy: Han 2018 (1804.06872), two networks f and g
+    keep the R(T) N smallest losses     each network on its own           keep_rate, small_loss
+    L_f = those that g keeps            and the other way round           coteaching_losses
+  pseudo: FixMatch, Sohn 2020 (2001.07685); Lee 2013 (ICML workshop)
+    y^ = argmax_y q                     q of a weak view, if certain      fixmatch_loss
+    L = labelled + (-log p(y^))         p of a strong view                pseudo: losses
+
+Symbols: x (n, 3, S, S) in [0, 1]; h (n, d); s (n, C) logits; y (n,) labels; votes (n, m) of m
+sources, -1 abstains; posterior (n, C); mask (bags, k), true where a bag has an image; a (bags, k).
+
+Where this file departs from the papers:
+  - One frame for all: the same networks, crops and flips, AdamW (FixMatch: SGD), and a rate that
+    rises and falls with a half cosine.
+  - labeling: EM (paper: stochastic gradients with Gibbs sampling), independent sources, classes
+    equally frequent. On the built-in set a source has a probability for each pair of class and
+    answer (Dawid & Skene 1979), for it abstains more often for some classes than for others;
+    --label-model em is the paper's, with one accuracy a source. triplets: the median of all.
+  - bags: L = 64 (paper: 128), no biases in the attention (released code: with), several bags a step
+    (released code: one). A bag is a run of shuffled images, every image is in one.
+  - noisy: at least R(T) N images are kept, as in the paper (released code: rounded down), and the
+    loss is their mean (released code: divided by their number once more). T counts from 0.
+  - pseudo: strong views are smaller crops with jitter (paper: RandAugment or CTAugment, then
+    Cutout), on the built-in set without it, as it did harm there; weak ones larger crops (paper:
+    shifts). No average of the weights, and the rate falls
+    to 0 (paper: to about 0.2 of its peak). Lee's loss is that of --threshold 0, there of one view
+    and with a growing weight.
+  - With several GPUs each selects among its own images.
+  - No linear probe, as in the other files: what is evaluated is the classifier itself.
+
+    python weak.py    not yet measured
+"""
+
+import inspect
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+import common
+from common import FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
+
+# ==================================================================================================
+# Options
+# ==================================================================================================
+
+NETS = one_of(["convnet", "resnet18", "resnet34", "resnet50"])
+NETWORKS = {  # task: the network of the method, perhaps its peer, those of floor and ceiling
+    "labeling": ["label_model", "majority", "truth"],
+    "bags": ["bags", "mean", "images"],  # the last one is told which images are positive
+    "noisy": ["coteaching", "peer", "plain", "clean"],
+    "pseudo": ["pseudo", "few", "all"],
+}
+
+# Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones;
+# the last two have not been measured. In the second column rate, batch and T_k are those of Han et
+# al. 2018 for CIFAR-10, mu and the threshold those of FixMatch, which has a batch of 512 in all.
+# common.py adds --dataset, --seed, --amp, --resume and so on.
+OPTIONS = {  # fmt: skip
+    # option         built-in     to 64 px     larger       allowed         meaning
+    "task":         ("labeling",  "labeling",  "labeling",  one_of(NETWORKS), "what is known"),
+    "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"}, "labeling: a file"),
+    "label_model":  ("by-class",  "em",        "em",        "em|by-class|triplets", "labeling"),
+    "pool":         ("attention", "attention", "attention", "attention|gated|max|mean|noisy-or",
+                     "bags: how many images make one answer"),
+    "positive":     (0,           0,           0,           FROM_0,         "bags: class to find"),
+    "bag_size":     (10,          10,          10,          FROM_2,         "bags: most images"),
+    "noise":        ("symmetric", "symmetric", "symmetric", "symmetric|pair", "noisy: its kind"),
+    "rate":         (0.5,         0.5,         0.5,         SHARE,          "noisy: wrong labels"),
+    "keep_warmup":  (4,           10,          10,          FROM_1,         "noisy: T_k, epochs"),
+    "labels":       (10,          25,          25,          FROM_1,         "pseudo: of a class"),
+    "mu":           (3,           7,           7,           FROM_1,         "pseudo: rest a label"),
+    "threshold":    (0.8,         0.95,        0.95,        SHARE,          "pseudo: of certainty"),
+    "strength":     (0.0,         0.5,         0.5,         SHARE,          "pseudo: of jitter"),
+    "arch":         ("convnet",   "resnet18",  "resnet50",  NETS,           "encoder f"),
+    "stem":         ("7x7",       "3x3",       "7x7",       "3x3|7x7",      "3x3: no max-pooling"),
+    "image_size":   (32,          64,          224,         PIXELS,         "S, side of a view"),
+    "min_scale":    (0.5,         0.5,         0.3,         SHARE,          "least area of a crop"),
+    "epochs":       (12,          200,         60,          FROM_1,         "passes over the set"),
+    "batch_size":   (64,          128,         128,         FROM_2,         "N"),
+    "lr":           (4e-3,        2e-3,        1e-3,        POSITIVE,       "peak, times N / 256"),
+    "weight_decay": (0.01,        0.01,        0.01,        SHARE,          "of AdamW"),
+    "warmup":       (0.1,         0.1,         0.1,         SHARE,          "share of the steps"),
+}
+
+# ==================================================================================================
+# Augmentation
+# ==================================================================================================
+
+
+def crops(args):
+    """A random crop of every image, for pseudo a larger and a smaller one, for noisy all of it."""
+    if args.task == "noisy":
+        return [common.Crop(args.image_size, 1.0)]
+    strong = common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3))
+    if args.task == "pseudo":
+        weak = strong._replace(scale=(0.75, 1.0))
+        return [weak, strong]
+    return [strong]
+
+
+def augment(views, args):
+    """Flip, and of pseudo's strong view colour jitter; every image has its own draws.
+
+    views: list of (N, 3, S, S) in [0, 1] -> the same.
+    """
+    views = [common.flip(x, p=0.5) for x in views]
+    if args.task == "pseudo" and args.strength:
+        s = 0.8 * args.strength
+        views[1] = common.color_jitter(views[1], s, s, s, s / 4, p=0.8)
+    return views
+
+
+# ==================================================================================================
+# Model
+# ==================================================================================================
+
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network sees RGB in [0, 1] as it is
+
+
+def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
+    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for the built-in
+    set, four convolutions."""
+    if arch == "convnet":
+        layers, inputs = [], 3
+        for outputs, stride in ((24, 2), (48, 2), (96, 2), (96, 1)):
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            layers += [conv, norm_layer(outputs), nn.ReLU()]
+            inputs = outputs
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        net.dim = outputs
+        return net
+    net = torchvision.models.get_model(arch, norm_layer=norm_layer)
+    net.dim, net.fc = net.fc.in_features, nn.Identity()
+    if stem == "3x3":
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return net
+
+
+class Network(nn.Module):
+    """f and a head, and others of the same kind, by name, that share no weight with it.
+
+    x (n, 3, S, S), and inputs of the others or none -> h (n, d), s (n, C), and the s of the others.
+    With a mask the n images are in bags, and s is that of Bag.
+    """
+
+    def __init__(self, args, name, others=()):
+        super().__init__()
+        self.backbone = encoder(args.arch, args.stem)
+        d = self.backbone.dim
+        if args.task == "bags":
+            pool = {"bags": args.pool, "mean": "mean", "images": "max"}[name]
+            self.head = Bag(d, pool)
+        else:
+            self.head = nn.Linear(d, args.classes)
+        self.others = nn.ModuleDict({name: Network(args, name) for name in others})
+
+    def forward(self, x, *more, mask=None):
+        h = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        s = self.head(h) if mask is None else self.head(h, mask)
+        return h, s, *[net(x, mask=mask)[1] for net, x in zip(self.others.values(), more)]
+
+
+def build(args):
+    """The untrained networks, the same for the same seed."""
+    torch.manual_seed(args.seed)
+    name, *others = NETWORKS[args.task]
+    return Network(args, name, others)
+
+
+# Bags ---------------------------------------------------------------------------------------------
+
+
+def attention_pool(h, mask, V, w, U=None):
+    """Attention over the images of a bag (Ilse et al. 2018; with U it is gated):
+
+        z = sum_k a_k h_k,   a_k = exp(e_k) / sum_j exp(e_j),   over the images that are there
+        e_k = w . tanh(V h_k),   gated: w . ( tanh(V h_k) * sigmoid(U h_k) )
+
+    h: (bags, k, d), mask: (bags, k), V, U: (L, d), w: (L,) -> z (bags, d), a (bags, k).
+    Test: test_attention_pool_equation.
+    """
+    e = torch.tanh(h @ V.T)  # (bags, k, L)
+    if U is not None:
+        e = e * torch.sigmoid(h @ U.T)
+    a = (e @ w).masked_fill(~mask, -math.inf).softmax(1)
+    return torch.einsum("bk,bkd->bd", a, h), a
+
+
+def noisy_or(s, mask):
+    """A bag is negative if each image is, by itself: the logit of p = 1 - prod_k (1 - p_k), with
+    p_k = sigmoid(s_k). s, mask: (bags, k) -> (bags,). Test: test_pools."""
+    none = (F.softplus(s) * mask).sum(1)  # -log(1 - p)
+    return none + torch.log(-torch.expm1(-none))
+
+
+POOLS = {  # s, mask (bags, k) -> (bags,)
+    "max": lambda s, mask: s.masked_fill(~mask, -math.inf).amax(1),
+    "mean": lambda s, mask: (s * mask).sum(1) / mask.sum(1),
+    "noisy-or": noisy_or,
+}
+
+
+class Bag(nn.Module):
+    """The head for bags: h (n, d) of all their images in turn, mask (bags, k) -> (bags, 1 + k): the
+    logit of the bag, then for every image its attention, or its logit where logits are pooled."""
+
+    def __init__(self, d, pool, L=64):
+        super().__init__()
+        self.pooled = POOLS.get(pool)
+        self.score = nn.Linear(d, 1)
+        if not self.pooled:
+            self.V = nn.Linear(d, L).weight
+            self.w = nn.Linear(L, 1).weight
+            self.U = nn.Linear(d, L).weight if pool == "gated" else None
+
+    def forward(self, h, mask):
+        rows = h.new_zeros(*mask.shape, h.shape[1])
+        h = rows.masked_scatter(mask.unsqueeze(2), h)  # (bags, k, d)
+        if self.pooled:
+            images = self.score(h).squeeze(2)
+            bag = self.pooled(images, mask).unsqueeze(1)
+        else:
+            z, images = attention_pool(h, mask, self.V, self.w[0], self.U)
+            bag = self.score(z)  # (bags, 1)
+        return torch.cat([bag, images], 1)
+
+
+# Labelling: rules, for the built-in set -----------------------------------------------------------
+
+# A source is a measure of the image. Along its values it votes for these things, and at - for none.
+# The bounds were read off training images of every kind. Some rules are good, some are poor, which
+# is what the label model has to find out without labels.
+RULES = """
+    tall     fish 0.65 car 0.80 - 0.90 cup 0.99 - 1.04 flower 1.12 house 1.25 tree 1.60 bottle
+    hangs    boat -0.30 bag -0.12 - 0.35 tree
+    widens   shirt -0.25 - -0.10 flower -0.03 - 0.14 car 0.25 boat
+    sides    bag 1.93 fish 2.02 - 2.25 shirt
+    stripes  shirt -1.00 bag -0.45 - 0.25 fish 0.80 bottle
+"""
+
+
+def measures(x):
+    """What rules ask of an image: x (n, 3, S, S), a bright thing on a quiet ground -> name: n
+    values. Moments of the thing's pixels, wherever it is and however large, and its texture."""
+    smooth = F.avg_pool2d(common.to_grey(x), 3, 1, 1)  # (n, 1, S, S)
+    ground = smooth.flatten(1).median(1).values.view(-1, 1, 1, 1)
+    thing = (smooth > ground + 0.1).float()
+    share = thing / thing.sum((2, 3), keepdim=True)
+
+    def mean(value):
+        return (share * value).sum((2, 3), keepdim=True)
+
+    line = torch.arange(x.shape[3])
+    column = line - mean(line)
+    row = line.view(-1, 1) - mean(line.view(-1, 1))
+    width = mean(column**2).sqrt()
+    height = mean(row**2).sqrt()
+    column = column / width
+    row = row / height
+    inside = 1 - F.max_pool2d(1 - thing, 3, 1, 1)  # without most of its edge
+    down, across = [mean(inside * slope**2) for slope in torch.gradient(smooth, dim=(2, 3))]
+    return {
+        "tall": height / width,
+        "hangs": mean(row**3),  # a tail below
+        "widens": mean(column**2 * row),  # towards its foot
+        "sides": mean(column**4),  # far out
+        "stripes": (across / down).log(),  # upright, or lying
+    }
+
+
+def rules(x):
+    """The votes (n, m) of RULES on images of the built-in set; its things are the classes."""
+    measured = measures(x)
+    number = {thing: c for c, thing in enumerate(common.THINGS)} | {"-": -1}
+    votes = []
+    for source in RULES.strip().splitlines():
+        name, *line = source.split()  # thing, bound, thing, bound, ...
+        things = torch.tensor([number[thing] for thing in line[::2]])
+        bounds = torch.tensor([float(bound) for bound in line[1::2]])
+        votes.append(things[torch.bucketize(measured[name].flatten(), bounds, right=True)])
+    return torch.stack(votes, 1)
+
+
+def read_votes(path, n):
+    """Votes (n, m) from a file: a row for each training image, in the order of the set."""
+    try:
+        votes = torch.from_numpy(np.loadtxt(path, np.int64, delimiter=",", ndmin=2))
+    except (OSError, ValueError) as error:
+        common.fail(f"--votes {path} cannot be read: {error}")
+    if len(votes) != n:
+        common.fail(f"--votes {path} has {len(votes)} rows, and there are {n} training images")
+    if votes.min() < -1 or votes.max() > 999:
+        common.fail(f"--votes {path}: votes are classes from 0 to 999, or -1 for none")
+    return votes
+
+
+# Labelling: the label model -----------------------------------------------------------------------
+
+
+def majority(votes, classes):
+    """The classes with most votes, in equal shares: (n, m) -> (n, C)."""
+    counts = F.one_hot(votes + 1, classes + 1)[:, :, 1:].sum(1)
+    most = counts == counts.amax(1, keepdim=True)
+    return most / most.sum(1, keepdim=True).double()
+
+
+def answers(accuracies, classes):
+    """P (m, C, 1 + C): what a source answers to a class (Ratner et al. 2016):
+
+        P[i, y, 0] = 1 - beta_i,   it abstains
+        P[i, y, 1 + v] = beta_i alpha_i   if v = y,   else beta_i (1 - alpha_i) / (C - 1)
+
+    With beta 1/2: it does not matter to the posterior. Test: test_posterior_equation.
+    """
+    errors = (1 - accuracies).clamp(1e-4, 1 - 1e-4).view(-1, 1, 1)
+    votes = transition("symmetric", errors, classes)
+    return F.pad(votes / 2, (1, 0), value=0.5)
+
+
+def share_right(P):
+    """Of what each source says of the classes, P (m, C, 1 + C), the share of right votes: (m,)."""
+    votes = P[:, :, 1:]
+    return votes.diagonal(dim1=1, dim2=2).sum(1) / votes.sum((1, 2))
+
+
+def posterior(votes, P):
+    """P(y | votes) of sources that answer independently and classes that are equally frequent
+    (Ratner et al. 2016):
+
+        P(y | votes) = prod_i P[i, y, 1 + votes_i] / sum_y' prod_i P[i, y', 1 + votes_i]
+
+    votes: (n, m), P: (m, C, 1 + C) -> (n, C). Test: test_posterior_equation.
+    """
+    logs = sum(p[:, 1 + vote].log() for p, vote in zip(P, votes.T))  # (C, n)
+    return logs.T.softmax(1)
+
+
+def triplets(votes):
+    """Accuracies (m,) for two classes in closed form (Fu et al. 2020). For votes v of
+    -1 and 1, and a_i = 2 alpha_i - 1, E[v_i v_j] = a_i a_j where both vote, and so
+
+        a_i^2 = E[v_i v_j] E[v_i v_k] / E[v_j v_k],   here the median over all j, k
+
+    The sign is that of the agreement with all others. Test: test_triplets.
+    """
+    v = torch.where(votes < 0, 0, 2 * votes - 1).double()  # (n, m), 0 where it abstains
+    E = (v.T @ v) / (v.T.abs() @ v.abs())
+    E.fill_diagonal_(math.nan)  # i, j, k are three sources
+    squares = E.unsqueeze(2) * E.unsqueeze(1) / E  # (m, m, m)
+    size = squares.flatten(1).nanmedian(1).values.clamp(0, 1).sqrt()
+    return (1 + size * E.nansum(1).sign()) / 2
+
+
+def label_model(votes, classes, method="em", steps=100):
+    """What the agreement of m sources says of each, and of the labels, without any label.
+
+    votes: (n, m) int, -1 abstains -> accuracies (m,) where it votes, posterior (n, C) double.
+    method: "em", Ratner's model; "by-class", any P (Dawid & Skene 1979), held near what the
+    majority says of it by as many imagined votes; "triplets", for two classes.
+    EM begins with the majority: from its opposite it finds the same likelihood with two classes
+    exchanged. Tests: test_planted_accuracies, test_em_never_loses_likelihood.
+    """
+    if method == "triplets":
+        P = answers(triplets(votes), classes)
+        return share_right(P), posterior(votes, P)
+    cast = F.one_hot(votes + 1, classes + 1).double()  # (n, m, 1 + C)
+    q = majority(votes, classes)
+    first = torch.einsum("nmv,ny->myv", cast, q)
+    for _ in range(steps):
+        counts = torch.einsum("nmv,ny->myv", cast, q)  # how often i has answered v to y
+        if method == "em":
+            P = answers(share_right(counts), classes)
+        else:
+            counts = counts + first + 1
+            P = counts / counts.sum(2, keepdim=True)
+        q = posterior(votes, P)
+    return share_right(P), q
+
+
+# ==================================================================================================
+# Loss
+# ==================================================================================================
+
+
+def noise_aware_loss(s, target):
+    """The expected loss over labels distributed as target (Ratner et al. 2016):
+
+        L = -1/n sum_i sum_y target_iy log softmax(s_i)_y
+
+    s, target: (n, C) -> scalar. Test: test_noise_aware_loss_equation.
+    """
+    return F.cross_entropy(s, target)
+
+
+def bag_loss(s, y, mask):
+    """Log-likelihood of Bernoulli labels (Ilse et al. 2018), p = sigmoid(s), where mask is true:
+
+        L = -1/n sum_i [ y_i log p_i + (1 - y_i) log(1 - p_i) ]
+
+    s, y, mask: of one shape, y and mask bool, n of them true -> scalar.
+    Test: test_bag_loss_equation.
+    """
+    losses = F.binary_cross_entropy_with_logits(s, y.to(s.dtype), reduction="none")
+    return (losses * mask).sum() / mask.sum()
+
+
+def small_loss(losses, keep):
+    """The images with the smallest losses, a share of at least `keep` of them (Han et al. 2018,
+    Algorithm 1). losses: (n,) -> index. Test: test_coteaching_is_algorithm_1."""
+    n = math.ceil(keep * len(losses) - 1e-6)  # 0.55 * 20 is 11.000000000000002
+    return losses.topk(n, largest=False).indices
+
+
+def coteaching_losses(losses_f, losses_g, keep):
+    """Each network learns what the other has kept (Han et al. 2018, Algorithm 1):
+
+        L_f = mean of losses_f where losses_g are small,   L_g = the other way round
+
+    losses_f, losses_g: (n,) of the same images -> two scalars.
+    Test: test_coteaching_is_algorithm_1.
+    """
+    kept_by_f = small_loss(losses_f.detach(), keep)
+    kept_by_g = small_loss(losses_g.detach(), keep)
+    return losses_f[kept_by_g].mean(), losses_g[kept_by_f].mean()
+
+
+def fixmatch_loss(weak_logits, strong_logits, threshold):
+    """Of unlabelled images (Sohn et al. 2020), with q = softmax(weak), p = softmax(strong):
+
+        L = -1/n sum_i [ max_y q_iy >= threshold ] log p_i,y^   with   y^ = argmax_y q_iy
+
+    (n, C) both -> scalar, the mean over all n. No gradient to q. With twice the same logits and
+    threshold 0 it is the loss of Lee 2013. Test: test_fixmatch_equation.
+    """
+    certainty, y = weak_logits.detach().softmax(1).max(1)
+    losses = F.cross_entropy(strong_logits, y, reduction="none")
+    return torch.where(certainty >= threshold, losses, 0.0).mean()
+
+
+# ==================================================================================================
+# EMA / queue / centre
+# ==================================================================================================
+
+# None: pseudo-labels are what the network itself says in the same step.
+
+# ==================================================================================================
+# Training
+# ==================================================================================================
+
+
+def lr_at(step, steps, warmup, peak):
+    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def keep_rate(epoch, tau, warmup):
+    """R(T) = 1 - min( T / T_k tau, tau ), the share of images that is kept: all at first, as wrong
+    labels are learned last (Han et al. 2018, Algorithm 1). tau: share of wrong labels, warmup: T_k.
+    Test: test_keep_rate."""
+    return 1 - min(epoch / warmup * tau, tau)
+
+
+def transition(kind, rate, classes):
+    """P(label | class), (C, C): a share `rate` of the labels is wrong, for "symmetric" any of the
+    other classes, for "pair" the next one (Han et al. 2018). Test: test_transition."""
+    right = torch.eye(classes, dtype=torch.double)
+    wrong = right.roll(1, 1) if kind == "pair" else (1 - right) / (classes - 1)
+    return (1 - rate) * right + rate * wrong
+
+
+def cut_bags(index, size, seed):
+    """Shuffle images and cut them into bags of size / 2 to size -> (bags, k), -1: no image."""
+    mix = torch.Generator().manual_seed(seed)
+    cuts = torch.randint(size // 2, size + 1, (len(index),), generator=mix).cumsum(0)
+    shuffled = index[torch.randperm(len(index), generator=mix)]
+    bags = shuffled.tensor_split(cuts[cuts < len(index)])
+    return nn.utils.rnn.pad_sequence(bags, batch_first=True, padding_value=-1)
+
+
+class Batches:
+    """For run.batches: views of the images of a task, and in `index` which ones they are.
+
+    parts: (rows, count), from each so many rows a step, in an order that is drawn anew when it is
+    used up. A row is an image or a bag: (n, 1) or (n, k), -1 where a bag has no image.
+    """
+
+    def __init__(self, data, parts):
+        self.data, self.parts = data, parts
+        self.per_epoch = data.per_epoch
+
+    def epoch(self, number, first, batch_size, crops, run, seed):
+        mix = torch.Generator().manual_seed(seed * 2**20 + number)
+        columns = []
+        for rows, count in self.parts:
+            n = self.per_epoch * count
+            order = torch.rand(n // len(rows) + 1, len(rows), generator=mix).argsort(1)
+            order = order.flatten()[:n]
+            columns.append(rows[order].view(self.per_epoch, run.world, -1))
+        order = torch.cat(columns, 2)[first:, run.rank]  # (steps left, images of this process)
+        there = order >= 0
+        sizes = there.sum(1).tolist()
+        items = common.batches(self.data.train, order[there], sizes, crops, run.device,
+                               run.args.workers, (seed, number, run.rank), first)
+        for (views, _), self.index in zip(items, order.to(run.device)):
+            yield views, self.index
+
+
+# A task is what the networks are told:
+#   parts     what a step is made of, for Batches
+#   inputs    views, index -> the input of each network, and the mask of bags or None
+#   losses    s of each network, index, step -> the loss of each, figures for the log
+
+
+def same_for_all(views, index):
+    """The inputs of networks that see the same images."""
+    return views * 4, None
+
+
+def labeling(args, data, run):
+    """Labels of the label model, beside those of the majority and the true ones."""
+    if args.votes == "rules":
+        votes = rules(data.train.pixels.cpu() / 255)
+    else:
+        votes = read_votes(args.votes, args.images)
+    C = args.classes = max(args.classes, 1 + int(votes.max()))
+    if args.label_model == "triplets" and (C > 2 or votes.shape[1] < 3):
+        common.fail(f"triplets are of 3 sources and 2 classes, not {votes.shape[1]} and {C}")
+    _, labels = label_model(votes, C, args.label_model)
+    truth = F.one_hot(data.train.labels + 1, C + 1)[:, 1:]  # all 0, so no loss, if unknown
+    targets = torch.stack([labels, majority(votes, C), truth]).float().to(run.device)
+    voted = (votes >= 0).any(1)  # the other images are left out
+    for name, guess in zip(NETWORKS["labeling"], targets[:2, voted] if data.labelled else []):
+        right = guess.argmax(1).cpu() == data.train.labels[voted]
+        print(f"{name}: {100 * right.double().mean():.1f} % of the labels are right")
+
+    def losses(s, index, step):
+        return [noise_aware_loss(*pair) for pair in zip(s, targets[:, index])], {}
+
+    fit = data.fit[1]
+    return [(fit[voted[fit]].unsqueeze(1), args.batch_size)], same_for_all, losses
+
+
+def bags(args, data, run):
+    """Labels of bags: is there an image of the class in it? The last network is told in which."""
+    rows = cut_bags(data.fit[1], args.bag_size, args.seed)
+    positive = (data.train.labels == args.positive).to(run.device)
+
+    def inputs(views, index):
+        return views * 3, (index >= 0).view(-1, rows.shape[1])
+
+    def losses(s, index, step):
+        mask = (index >= 0).view(-1, rows.shape[1])
+        y = positive[index].view(mask.shape) & mask
+        own, mean, images = s  # (bags, 1 + k) each
+        bag, every = y.any(1), mask.any(1)
+        terms = [
+            bag_loss(own[:, 0], bag, every),
+            bag_loss(mean[:, 0], bag, every),
+            bag_loss(images[:, 1:], y, mask),
+        ]
+        return terms, {}
+
+    return [(rows, args.batch_size // args.bag_size)], inputs, losses
+
+
+def noisy(args, data, run):
+    """Wrong labels: coteaching, beside plain training on the same labels and on the true ones."""
+    mix = torch.Generator().manual_seed(args.seed)
+    T = transition(args.noise, args.rate, args.classes)[data.train.labels]  # (n, C)
+    given = torch.multinomial(T, 1, generator=mix).squeeze(1).to(run.device)
+    true = data.train.labels.to(run.device)
+
+    def losses(s, index, step):
+        keep = keep_rate(step // data.per_epoch, args.rate, args.keep_warmup)
+        y, truth = given[index], true[index]
+        f, g, plain = [F.cross_entropy(each, y, reduction="none") for each in s[:3]]
+        terms = [
+            *coteaching_losses(f, g, keep),
+            plain.mean(),
+            F.cross_entropy(s[3], truth),
+        ]
+        right = (y == truth)[small_loss(f.detach(), keep)]
+        return terms, {"precision": right.float().mean()}
+
+    return [(data.fit[1].unsqueeze(1), args.batch_size)], same_for_all, losses
+
+
+def pseudo(args, data, run):
+    """Few labels and many images, beside the few labels alone and the labels of all images."""
+    mix = torch.Generator().manual_seed(args.seed)
+    index = data.fit[1][torch.randperm(len(data.fit[1]), generator=mix)]
+    true = data.train.labels.to(run.device)
+    y = data.train.labels[index]
+    few = torch.cat([index[y == c][: args.labels] for c in range(args.classes)])
+    count = args.batch_size // (1 + args.mu)  # B
+    n = count // run.world  # of this process; in its batch they come first
+
+    def inputs(views, index):
+        weak, strong = views
+        return [torch.cat([weak, strong[n:]]), weak[:n], weak], None
+
+    def losses(s, index, step):
+        own, few, every = s
+        y = true[index]
+        labelled, weak, strong = own.split([n, len(y) - n, len(y) - n])
+        terms = [
+            F.cross_entropy(labelled, y[:n]) + fixmatch_loss(weak, strong, args.threshold),
+            F.cross_entropy(few, y[:n]),
+            F.cross_entropy(every, y),
+        ]
+        return terms, {}
+
+    parts = [(few.unsqueeze(1), count), (index.unsqueeze(1), args.batch_size - count)]
+    return parts, inputs, losses
+
+
+TOLD = dict(zip(NETWORKS, [labeling, bags, noisy, pseudo]))
+
+
+def check(args, run):
+    """Say what cannot work before hours are spent on it."""
+    part = {"bags": args.bag_size, "pseudo": 1 + args.mu}.get(args.task, 1)
+    if args.batch_size < part or args.batch_size // part % run.world:
+        common.fail(f"--batch-size {args.batch_size} has to hold {part} images once at least, and "
+                    "as often as there are processes, or a multiple of that")
+    if args.task == "labeling" and args.votes == "rules" and args.dataset != common.BUILT_IN:
+        common.fail("the rules know the built-in set alone: --task labeling needs --votes FILE")
+    if args.task != "labeling" and args.classes <= max(args.positive, 1):
+        common.fail(f"--task {args.task} makes weak labels of true ones: images of two classes at "
+                    "least are needed, and --positive is one of them")
+
+
+def train(args, run):
+    """-> the trained networks and the data."""
+    data = common.load_data(args, OPTIONS, run)
+    steps = args.epochs * data.per_epoch
+    warmup, peak = round(args.warmup * steps), args.lr * args.batch_size / 256
+    print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g}")
+    args.classes = 1 + int(data.train.labels.max())
+    check(args, run)
+    parts, inputs, losses = TOLD[args.task](args, data, run)
+    batches = Batches(data, parts)
+    common.show_views(run, data, crops(args), lambda views: augment(views, args))
+
+    # -- model
+    net = build(args)
+    common.load_weights(net, args)  # of --init or --eval
+    net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
+    model, aug = run.parallel(net), run.compiled(augment)
+
+    # -- optimiser
+    optimizer = torch.optim.AdamW(
+        net.parameters(), peak, weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    state = {"net": net, "optimizer": optimizer, "scaler": scaler}
+    run.restore(state)  # with --resume: continues at the step where the run stopped
+    undo = common.Undo(net)  # batch norm's statistics, should a step fail
+    run.chance = {"loss": math.log(2 if args.task == "bags" else args.classes)}
+    _, *others = NETWORKS[args.task]
+
+    for epoch in run.epochs(data):
+        for step, views in run.batches(batches, epoch, crops(args)):
+            # -- step
+            lr = lr_at(step, steps, warmup, peak)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            x, mask = inputs(aug(views, args), batches.index)  # a batch for each network
+            with run.autocast():
+                _, *s = model(*x, mask=mask)  # s (n, C) of each network
+            terms, figures = losses([each.float() for each in s], batches.index, step)
+            loss = sum(terms)  # the networks share no weight: each has the gradient of its own
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
+            undo(unless=ok)
+            run.log(ok, **dict(zip(["loss", *others], terms)), **figures, lr=lr)
+        # -- log and save
+        if run.end_epoch():  # every --eval-every epochs
+            evaluate(net, data, args, run)
+        run.save(state)  # at most once a minute; after a signal the program ends here
+    return net, data
+
+
+# ==================================================================================================
+# Evaluation
+# ==================================================================================================
+
+
+def auc(s, y, mask):
+    """In %, of all pairs of a true and a false y in one row, those that s has in order. Where mask
+    is false there is nothing. s, y, mask: (rows, k)."""
+    pairs = (y & mask).unsqueeze(2) & (~y & mask).unsqueeze(1)  # (rows, k, k)
+    return 100 * (s.unsqueeze(2) > s.unsqueeze(1))[pairs].double().mean().item()
+
+
+def scores(net, part, args, run):
+    """Of every network on part = (images, index) the accuracy in %; for bags the AUC in % of bags,
+    and of the images within positive ones, by attention or logit."""
+    nets = [net, *net.others.values()]
+    *hs, y = common.embed(
+        lambda views: [each.backbone(*views) for each in nets],
+        part,
+        [common.Crop(args.image_size, 1.0)],
+        run)
+    rows = cut_bags(torch.arange(len(y)), args.bag_size, args.seed)
+    mask = (rows >= 0).to(y.device)
+    found = (y[rows] == args.positive) & mask
+    has = found.any(1)
+    results = {}
+    for name, each, h in zip(NETWORKS[args.task], nets, hs):
+        if args.task == "bags":
+            s = each.head(h[rows][mask], mask)
+            results[f"{name}_auc"] = auc(s[:, :1].T, has[None], mask.any(1)[None])
+            results[f"{name}_image_auc"] = auc(s[has, 1:], found[has], mask[has])
+        else:
+            correct = each.head(h).argmax(1) == y
+            results[f"{name}_accuracy"] = 100 * correct.double().mean().item()
+    return results
+
+
+def evaluate(net, data, args, run, test=False):
+    """Is h healthy, and how well do the networks classify, the method's between floor and ceiling?
+
+    On validation images; with test on the test images. With wrong labels the last network need not
+    be the best: for noisy best_ is the best that an evaluation has found on validation images.
+    """
+    net.eval()
+    run.broadcast(net)
+    views = (crops(args) * 2)[:2]
+    h1, h2, _ = common.embed(
+        lambda views: map(net.backbone, augment(views, args)),
+        data.val,
+        views,
+        run,
+        limit=1024)
+    results = common.health(h1, h1, h2, name="h", least=0.02)
+    if data.labelled:
+        found = scores(net, data.test if test else data.val, args, run)
+        if args.task == "noisy" and test:
+            for k in [*found]:
+                found[f"best_{k}"] = max([row.get(k, 0.0) for row in run.rows], default=0.0)
+        *_, floor, ceiling = NETWORKS[args.task]
+        print(f"\n{'test' if test else 'validation'} images, %; floor: {floor}, ceiling: {ceiling}")
+        for k, v in found.items():
+            print(f"  {k.replace('_', ' '):30} {v:6.1f}")
+        results |= found
+    net.train()
+    return run.report(results, test)
+
+
+def loading(args):
+    """Python that rebuilds the backbone with torchvision alone; printed at the end of a run."""
+    return ("import torch, torchvision\nfrom torch import nn\n\n"
+            f"{inspect.getsource(encoder)}\nnet = encoder({args.arch!r}, {args.stem!r})")
+
+
+def main(argv=None):
+    args = common.options("weak", __doc__, OPTIONS, argv)
+    with common.Run(args) as run:
+        net, data = train(args, run)
+        results = evaluate(net, data, args, run, test=True)
+        return run.finish(net.backbone, results, MEAN, STD, loading(args))
+
+
+if __name__ == "__main__":
+    main()
