@@ -13,7 +13,6 @@ its results for fewer images or rounds, and the variables inside it. If one diff
 program stops and says which.
 """
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ import dino
 import dinov2
 import moco
 import simclr
+import weak
 
 X1, X2 = [[3, 4], [1, 0], [-1, 2]], [[4, 3], [2, -1], [-1, 1]]  # rows 1 to 3 of two views
 DIGITS = 4
@@ -229,9 +229,6 @@ def koleo():
 
 
 def attention():
-    if importlib.util.find_spec("weak") is None:
-        common.fail("weak.py is not here, whose attention_pool this is")
-    weak = importlib.import_module("weak")
     V, w, padding = [[1.0, 0.5], [-0.5, 1.0]], [1.0, 2.0], [9.0, 9.0]
     mask = torch.tensor([[True, True, True, False]])
     (z, a), _ = inside(weak.attention_pool, tensor([X1 + [padding]]), mask, tensor(V), tensor(w))

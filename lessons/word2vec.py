@@ -27,7 +27,7 @@ often than by counts of neighbours or by an SVD of their positive PMI (PPMI) in 
 16 (with 8, the number of classes, the SVD finds them, too); (3) neighbours of some words of
 Python's documentation, beside those by SVD.
 
-    python lessons/word2vec.py                      TIME
+    python lessons/word2vec.py                      37 s of one CPU core
     python lessons/word2vec.py --text glosses       what timm's WordNet says of ImageNet's classes
     python lessons/word2vec.py --text FILE --words red green
 

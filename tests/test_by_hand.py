@@ -1,7 +1,6 @@
 """The blackboard's numbers are those of NumPy in float64, and another loss is noticed."""
 
 import importlib
-import importlib.util
 import re
 
 import numpy as np
@@ -82,8 +81,6 @@ def attention():
 @pytest.mark.parametrize("expected", [nt_xent, info_nce, byol_loss, H, sinkhorn, koleo, attention],
                          ids=lambda f: f.__name__)
 def test_numbers(expected):
-    if expected is attention and importlib.util.find_spec("weak") is None:
-        pytest.skip("no weak.py")
     _, out = quiet(by_hand, [expected.__name__])
     printed = re.findall(r"-?\d+\.\d{4}", out)
     printed = {number.lstrip("-") for number in printed}
