@@ -609,10 +609,10 @@ def read_checkpoint(path):
     vars(old).update(__module__="numpy.core.multiarray", __name__="scalar", __qualname__="scalar")
     dtypes = {type(np.dtype(t)) for t in "fdilq"}
     torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, scalar, old, *dtypes])
+    if not os.path.isfile(path):  # nor a pipe
+        fail(f"{path} does not exist, or is no file")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path} does not exist")
     except Exception as error:  # cut short, or a pickle that wants to run code
         fail(f"{path} is no checkpoint of tensors and plain values ({type(error).__name__})")
     return found if isinstance(found, dict) else fail(f"{path} holds no dict of weights")
@@ -1047,11 +1047,16 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Pillow refuses images for more than 1 M
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
+def hidden(name):
+    """Whether a file or folder is none of the user's: what systems put beside images."""
+    return name.startswith((".", "@eaDir", "__MACOSX"))
+
+
 def find_images(folder):
     """All image files below a folder, sorted, and how many other files there are.
 
-    Links are followed. Names that begin with a dot and folders that hold a run are left out, and
-    folders that may not be read are named.
+    Links are followed. Hidden names and folders that hold a run are left out, and folders that may
+    not be read are named.
     """
     found, others, entered = [], 0, set()
     for path, folders, files in os.walk(folder, onerror=print, followlinks=True):
@@ -1060,10 +1065,11 @@ def find_images(folder):
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = [f for f in folders if f[0] != "."]
-        files = [f for f in files if f[0] != "."]
-        images = [f for f in files if Path(f).suffix.lower() in SUFFIXES]
-        found += [os.path.join(path, f) for f in images]
+        folders[:] = [f for f in folders if not hidden(f)]
+        files = [f for f in files if not hidden(f)]
+        images = [os.path.join(path, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
+        images = [f for f in images if os.path.isfile(f)]  # to open a pipe is to wait
+        found += images
         others += len(files) - len(images)
     return sorted(found), others
 
@@ -1072,9 +1078,9 @@ def by_class(folder, known=None):
     """class -> files of folder/<class>/*, for those that have any. Images of a class that is not
     known, or of none, are an error."""
     _, folders, files = next(os.walk(folder), ("", [], []))
-    found = {c: f for c in sorted(folders) if c[0] != "." and (f := find_images(folder / c)[0])}
+    found = {c: f for c in sorted(folders) if not hidden(c) and (f := find_images(folder / c)[0])}
     other = [c for c in found if c not in (known or found)]
-    other += [f for f in sorted(files) if f[0] != "." and Path(f).suffix.lower() in SUFFIXES]
+    other += [f for f in sorted(files) if not hidden(f) and Path(f).suffix.lower() in SUFFIXES]
     if other and (known or found):
         fail(f"{folder} has images of no class of train: {shortened(other)}")
     return found
@@ -1221,7 +1227,7 @@ class Data:
 
     def _find_in_folder(self, root):
         folders = sorted(next(os.walk(root), ("", [], []))[1])
-        splits = {f: SPLITS.get(f.lower()) for f in folders if f[0] != "."}
+        splits = {f: SPLITS.get(f.lower()) for f in folders if not hidden(f)}
         top = next((root / f for f, split in splits.items() if split == "train"), root)
         classes = by_class(top) if top != root else {}
         entered = [f for f in splits if splits[f] and classes]

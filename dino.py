@@ -498,7 +498,7 @@ def central(size):
 def teacher_verdict(verdict, run, K):
     """The verdict on z, with the teacher's entropy and KL in the last epoch: where KL is 0 nothing
     is learned, and the entropy tells the two collapses apart (paper, Section 5.3)."""
-    if not run.rows:
+    if not run.rows or ":" not in verdict:
         return verdict
     entropy, kl = (run.rows[-1][k] / math.log(K) for k in ("entropy", "kl"))
     word, _, figures = verdict.partition(":")

@@ -1081,9 +1081,11 @@ def test_what_is_no_data_is_left_out(tmp_path, capsys):
     tree(tmp_path / "data", train__a=3, test__a=2)
     tree(tmp_path / "elsewhere", x=4)
     a = tmp_path / "data" / "train" / "a"
-    for hidden in ("train/.ipynb_checkpoints", "train/a/.thumbs", "train/a/run"):
-        tree(tmp_path / "data", **{hidden.replace("/", "__"): 2})
+    for hidden in ("train/.ipynb_checkpoints", "train/a/.thumbs", "train/a/run", "train/@eaDir",
+                   "train/a/@eaDir", "__MACOSX"):
+        tree(tmp_path / "data" / hidden, **{"": 2})
     shutil.copy(a / "0.png", a / "._0.png")
+    os.mkfifo(a / "pipe.png")  # to open it is to wait
     for file in ("notes.txt", "b.heic0", "run/args.json", "run/views.png"):
         (a / file).touch()
     (a / "linked").symlink_to(tmp_path / "elsewhere")
@@ -1091,7 +1093,7 @@ def test_what_is_no_data_is_left_out(tmp_path, capsys):
     data = common.Data(str(tmp_path / "data"))
     assert len(data.parts["train"][0]) == 7
     out = capsys.readouterr().out
-    assert "one class only, so accuracies say nothing; images: test 2, train 7; 2 other" in out
+    assert "one class only, so accuracies say nothing; images: test 2, train 7; 3 other" in out
 
 
 @pytest.mark.parametrize("counts, word", [

@@ -849,6 +849,8 @@ def test_the_collapse_is_named():
     assert verdict(0.5, 0.2, "collapsed to a point").startswith("collapsed to a point: ")
     assert verdict(0.5, 0.2).endswith("teacher's entropy 0.50 of ln K, KL 0.200")
     assert dino.teacher_verdict("healthy: z", SimpleNamespace(rows=[]), 512) == "healthy: z"
+    failed = SimpleNamespace(rows=[{"entropy": 0.0, "kl": 0.0}])
+    assert dino.teacher_verdict("features are not finite", failed, 512) == "features are not finite"
 
 
 @pytest.mark.parametrize("flag, word", [("--no-sharpening", "uniform teacher"),

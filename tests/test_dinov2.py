@@ -854,7 +854,7 @@ def test_clip_modules():
 
 def loaded(path, *argv):
     """The weights with which a network of another seed would be evaluated."""
-    argv = [*TINY, *PLAIN, "--limit", "2", *NANO, "--seed", "0", "--local-crops", "0", *argv]
+    argv = [*TINY, *PLAIN, "--limit", "20", *NANO, "--seed", "0", "--local-crops", "0", *argv]
     net, *_ = train(dinov2, [*argv, "--eval", path, "--out", f"{path}-run"])
     return dict(net.state_dict())
 
@@ -955,6 +955,8 @@ def test_the_collapse_is_named():
     assert words(0.001, 0.001).startswith("one-hot teacher: ")
     assert words(0.99, 0.2).startswith("healthy: ") and words(0.5, 0.001).startswith("healthy: ")
     assert dinov2.teacher_verdict("healthy: z", SimpleNamespace(rows=[]), 12) == "healthy: z"
+    failed = SimpleNamespace(rows=[{"entropy": 0.0, "kl": 0.0}])
+    assert dinov2.teacher_verdict("not finite", failed, 12) == "not finite"
 
 
 def test_the_recipes():

@@ -694,7 +694,7 @@ def official(request, tmp_path):
 def loaded(path, *argv):
     """The weights with which a network of another seed would be evaluated."""
     argv = [*TINY, *PLAIN, *NANO.split(), "--local-crops", "0", *argv, "--eval", path]
-    argv += ["--out", f"{path}-run", "--limit", "2"]
+    argv += ["--out", f"{path}-run", "--limit", "20"]
     net, *_ = train(ibot, argv)
     return dict(net.state_dict())
 
@@ -749,6 +749,8 @@ def test_the_collapse_is_named():
     assert words(0.001, 0.001).startswith("one-hot teacher: ")
     assert words(0.99, 0.2).startswith("healthy: ") and words(0.5, 0.001).startswith("healthy: ")
     assert ibot.teacher_verdict("healthy: z", SimpleNamespace(rows=[]), 12) == "healthy: z"
+    failed = SimpleNamespace(rows=[{"entropy": 0.0, "kl": 0.0}])
+    assert ibot.teacher_verdict("features are not finite", failed, 12) == "features are not finite"
 
 
 def test_equal_outputs_have_the_value_of_chance(tmp_path):
