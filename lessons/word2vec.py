@@ -25,7 +25,7 @@ Shown: (1) SGNS of full rank on ten words comes to x, and not to PMI - log k; (2
 words of a class stand in the same places the nearest neighbour of a word is of its class, more
 often than by counts of neighbours or by an SVD of their positive PMI (PPMI) in as many dimensions,
 16 (with 8, the number of classes, the SVD finds them, too); (3) neighbours of some words of
-Python's documentation, beside those by SVD.
+Python's documentation, beside those by SVD, which are as good or better on so little text.
 
     python lessons/word2vec.py                      37 s of one CPU core
     python lessons/word2vec.py --text glosses       what timm's WordNet says of ImageNet's classes
