@@ -85,7 +85,7 @@ OPTIONS = {  # fmt: skip
     "epochs":             (24,         200,        100,        FROM_1,     "(paper: 300, 1000)"),
     "batch_size":         (64,         512,        256,        FROM_2,     "N (paper: 4096)"),
     "optimizer":          ("sgd",      "sgd",      "lars",     "sgd|lars", "(paper: lars)"),
-    "lr":                 (0.2,        0.12,       0.45,       POSITIVE,   "peak, times N / 256"),
+    "lr":                 (0.4,        0.12,       0.45,       POSITIVE,   "peak, times N / 256"),
     "weight_decay":       (1e-4,       5e-4,       1e-6,       SHARE,      "L2 penalty"),
     "warmup":             (0.1,        0.1,        0.1,        SHARE,      "share of the steps"),
     "m":                  (m_start,    m_start,    m_start,    SHARE,      "rises to 1; 0 stays"),

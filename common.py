@@ -1231,6 +1231,7 @@ class Data:
         top = next((root / f for f, split in splits.items() if split == "train"), root)
         classes = by_class(top) if top != root else {}
         entered = [f for f in splits if splits[f] and classes]
+        entered.sort(key=lambda f: [*SPLITS].index(f.lower()))  # train first
         for f in entered:
             found = classes if root / f == top else by_class(root / f, classes)
             labels = [i for i, c in enumerate(classes) for _ in found.get(c, [])]

@@ -656,6 +656,8 @@ TOLD = dict(zip(NETWORKS, [labeling, bags, noisy, pseudo]))
 
 def check(args, run):
     """Say what cannot work before hours are spent on it."""
+    if args.labelled:
+        common.fail("--labelled is for the probes of other files: weak labels are of the images")
     part = {"bags": args.bag_size, "pseudo": 1 + args.mu}.get(args.task, 1)
     if args.batch_size < part or args.batch_size // part % run.world:
         common.fail(f"--batch-size {args.batch_size} has to hold {part} images once at least, and "
@@ -782,6 +784,9 @@ def evaluate(net, data, args, run, test=False):
         for k, v in found.items():
             print(f"  {k.replace('_', ' '):30} {v:6.1f}")
         results |= found
+    if test:
+        crop = [common.Crop(args.image_size, 1.0)]
+        common.export(lambda x: [net.backbone(*x)], data, crop, run)  # with --embed
     net.train()
     return run.report(results, test)
 

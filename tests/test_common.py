@@ -1093,7 +1093,7 @@ def test_what_is_no_data_is_left_out(tmp_path, capsys):
     data = common.Data(str(tmp_path / "data"))
     assert len(data.parts["train"][0]) == 7
     out = capsys.readouterr().out
-    assert "one class only, so accuracies say nothing; images: test 2, train 7; 3 other" in out
+    assert "one class only, so accuracies say nothing; images: train 7, test 2; 3 other" in out
 
 
 @pytest.mark.parametrize("counts, word", [

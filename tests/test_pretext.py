@@ -586,7 +586,7 @@ def test_model(task):
 @each_task
 def test_a_run(task, tmp_path):
     """Two steps; the picture of the task; the chance of a mean image."""
-    argv = [*SHORT, *"--limit 4 --batch-size 2 --task".split(), task, "--out", tmp_path / "run"]
+    argv = [*SHORT, *"--limit 22 --batch-size 11 --task".split(), task, "--out", tmp_path / "run"]
     net, data, run = train(pretext, argv)
     (row,) = run.rows
     assert row["skipped"] == 0 and math.isfinite(row["loss"]) and "loss" in run.chance
@@ -594,14 +594,14 @@ def test_a_run(task, tmp_path):
     start = pretext.build(run.args)
     assert not torch.equal(net.backbone[0].weight, start.backbone[0].weight)
     if task in ("denoising", "inpainting"):
-        x = data.train.pixels.double() / 255  # 4 of 16 x 16, as they are
+        x = data.train.pixels.double() / 255  # of 16 x 16, as they are
         assert close(run.chance["loss"], (x - x.mean(0)).square().mean(), 1e-5)
     if task == "colorization":
         assert net.weight.std() > 0.1
 
 
 def test_rebalancing_can_be_taken_away(tmp_path):
-    argv = "--limit 4 --batch-size 2 --task colorization --without rebalance --out".split()
+    argv = "--limit 22 --batch-size 11 --task colorization --without rebalance --out".split()
     net, _, _ = train(pretext, [*SHORT, *argv, tmp_path / "run"])
     assert (net.weight == 1).all()
 
