@@ -50,7 +50,8 @@ def test_lesson(tmp_path, monkeypatch, name, rows, own):
     for table in {"RUNS", "COMPOSITIONS"} & vars(module).keys():
         first, *_, last = getattr(module, table).items()
         monkeypatch.setattr(module, table, dict([first, last]))  # the others take as long again
-    module.main([*TINY, *own.split(), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    module.main([*TINY, "--seeds", "1", *own.split(), "--runs", str(tmp_path / "runs"), "--out",
+                 str(tmp_path)])
     found = written(tmp_path, name)
     assert len(found) == rows and all(0 <= float(row.get("linear_top1", 0)) <= 100 for row in found)
 
@@ -109,14 +110,34 @@ def test_tables(tmp_path, capsys):
     rows = [{"a": "x, y", "n": 1, "v": 1.0, "w": [0.0, 1.0]}, {"a": "z", "n": 1, "v": 5.0,
             "w": [3.0, 3.0]}, {"a": "x, y", "n": 1, "v": 4.0, "w": [1.0, 2.0]}]
     means = shared.over_seeds(rows, ["a", "n"], ["v", "w"])
-    assert means[0] == {"a": "x, y", "n": 1, "v": 2.5, "v_sd": pytest.approx(4.5**0.5),
+    assert means[0] == {"a": "x, y", "n": 1, "seeds": 2, "v": 2.5, "v_sd": pytest.approx(4.5**0.5),
                         "w": [0.5, 1.5], "w_sd": pytest.approx([0.5**0.5] * 2)}
-    assert means[1] == {"a": "z", "n": 1, "v": 5, "v_sd": 0, "w": [3, 3], "w_sd": [0, 0]}
+    assert means[1] == {"a": "z", "n": 1, "seeds": 1, "v": 5, "v_sd": 0, "w": [3, 3],
+                        "w_sd": [0, 0]}
     shared.write_csv(tmp_path / "t.csv", rows, ["a", "v"])
     assert (tmp_path / "t.csv").read_text() == 'a,v\n"x, y",1\nz,5\n"x, y",4\n'
     shared.show(means, ["a", "v"])
     assert [line.split() for line in capsys.readouterr().out.splitlines()[-2:]] == [
         ["x,", "y", "2.5", "±", "2.1"], ["z", "5"]]
+
+
+def test_compare():
+    """By hand: variances 1 and 4 of 3 seeds, twice the standard error is 2 sqrt(5 / 3) = 2.58."""
+    b = {"v": 10, "v_sd": 2.0, "seeds": 3}
+    for v, sign in ((12.5, 0), (12.6, 1), (7.5, 0), (7.4, -1)):
+        assert shared.compare({"v": v, "v_sd": 1.0, "seeds": 3}, b, "v") == sign
+    one, other = ({"v": v, "v_sd": 0, "seeds": 1} for v in (1, 2))
+    assert (shared.compare(one, other, "v"), shared.compare(one, one, "v")) == (-1, 0)
+
+
+def test_floor(tmp_path):
+    """What the floor scores is not what the trained network does, and what evaluate says of it."""
+    argv = [*TINY, "--limit", 80, "--batch-size", 20, "--epochs", 4, "--out", tmp_path]
+    net, data, run = train(simclr, argv)
+    net.load_state_dict(simclr.build(run.args).state_dict())
+    found = shared.untrained(simclr, data, run)
+    for key, value in simclr.evaluate(net, data, run.args, run).items():
+        assert key not in ("linear_top1", "knn_top1") or found[f"untrained_{key}"] == value
 
 
 def test_what_a_lesson_cannot_use(tmp_path, capsys):
