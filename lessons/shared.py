@@ -147,6 +147,6 @@ def bars(ax, rows, by, columns, hatched=(), fmt="%.0f"):
 
 def floor(ax, level, label="untrained network"):
     """A dotted line at a level that takes no learning."""
-    ax.axhline(level, ls=":", c="grey", zorder=0)
+    ax.axhline(level, ls=":", c="black", lw=1)
     ax.annotate(label, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                fontsize=8, color="grey")
+                fontsize=8, bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5})
