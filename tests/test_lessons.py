@@ -236,7 +236,8 @@ def test_finetune(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARES", (1.0, 0.1))  # a third takes as long again
     rows = module.main([
         str(tmp_path / "backbone.pt"), *TINY,
-        *"--seeds 1 --min-steps 2 --lrs 0.1 --batch-size 16".split(), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+        *"--seeds 1 --min-steps 2 --lrs 0.1 --batch-size 16".split(),
+        "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert len(rows) == 6 and {row["start"] for row in rows} >= {"fine-tuned", "frozen"}
     assert len(written(tmp_path, "finetune")) == 6
 
