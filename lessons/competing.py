@@ -107,14 +107,25 @@ def answer(means):
                          f"{' and by '.join(parts)}.")
 
 
+def report(own, rows):
+    """The table and the figure of the runs until now."""
+    shared.write_csv(f"{own.out}/competing.csv", rows, ["method", "bits", "seed", "epochs", *KEYS])
+    means = shared.over_seeds(rows, ["method", "bits"], KEYS)
+    image = common.toys(1, 64, seed=1)[0] / 255
+    x = mark(image.expand(8, -1, -1, -1), torch.arange(8), bits=3)
+    shared.figure(f"{own.out}/competing.png", (9, 5.5), draw, means, x, claim=CLAIM,
+                  answer=answer(means))
+    shared.show(means, ["method", "bits", *KEYS])
+
+
 def main(argv=None):
     p = shared.parser(__doc__, "competing", epochs=6)
     p.add_argument("--bits", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3],
                    help="of the mark (0 1 2 3)")
     own, options = p.parse_known_args(argv)
     rows = []
-    for method, name in ((dino, "DINO"), (simclr, "SimCLR")):
-        for seed in range(own.seeds):
+    for seed in range(own.seeds):
+        for method, name in ((dino, "DINO"), (simclr, "SimCLR")):
             for bits in own.bits:
                 kind = functools.partial(MarkedRun, bits)
                 net, data, run = shared.train(method, own, f"{name} {bits}", seed, options, kind)
@@ -123,13 +134,7 @@ def main(argv=None):
                 rows.append({"method": name, "bits": bits, "seed": seed, "epochs": own.epochs}
                             | run.rows[-1] | shared.untrained(method, data, run)
                             | {"mark_top1": marks_from(net, method, data, run)})
-    shared.write_csv(f"{own.out}/competing.csv", rows, ["method", "bits", "seed", "epochs", *KEYS])
-    means = shared.over_seeds(rows, ["method", "bits"], KEYS)
-    image = common.toys(1, 64, seed=1)[0] / 255
-    x = mark(image.expand(8, -1, -1, -1), torch.arange(8), bits=3)
-    shared.figure(f"{own.out}/competing.png", (9, 5.5), draw, means, x, claim=CLAIM,
-                  answer=answer(means))
-    shared.show(means, ["method", "bits", *KEYS])
+        report(own, rows)
 
 
 if __name__ == "__main__":
