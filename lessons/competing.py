@@ -82,16 +82,17 @@ def draw(whole, means, x):
     left.legend()
     marked = [row for row in means if row["bits"] > 0]
     shared.lines(right, marked, "method", "bits", "mark_top1")
-    bits = sorted({row["bits"] for row in means})
+    bits = sorted({row["bits"] for row in marked})
     right.plot(bits, [100 / 2**b for b in bits], "k:", lw=1, label="chance")
     right.set(ylabel="linear probe of h for the mark, %")
     right.legend()
     for ax in (left, right):
-        ax.set(xlabel="bits of the mark", ylim=(0, 103), xticks=bits)
+        ax.set(xlabel="bits of the mark", ylim=(0, 103), xticks=range(4))
+    lower.suptitle("one image with each mark of three bits", fontsize=10)
     for number, (ax, image) in enumerate(zip(lower.subplots(1, len(x)), x)):
         ax.imshow(image.permute(1, 2, 0))
         ax.axis("off")
-        ax.set_title(f"{number:03b}", fontsize=9)
+        ax.set_title(f"{number:03b}", fontsize=8)
 
 
 def answer(means):
