@@ -2,7 +2,9 @@
 
 import csv
 import io
+import math
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ def parser(doc, name, epochs):
     """The options of a lesson; what it does not know goes to the method."""
     p = common.Parser(description=doc.split("\n")[0], allow_abbrev=False)
     p.add_argument("--epochs", **common.FROM_1, default=epochs, help=f"of each run ({epochs})")
-    p.add_argument("--seeds", **common.FROM_1, default=1, help="number of seeds (1)")
+    p.add_argument("--seeds", **common.FROM_1, default=3, help="number of seeds (3)")
     p.add_argument("--runs", default=f"runs/lessons/{name}", help="folder of the runs")
     p.add_argument("--out", default=Path(__file__).parent, help="folder of CSV and PNG")
     return p
@@ -39,21 +41,44 @@ def train(method, own, name, seed, options, kind=common.Run):
     return net, data, run
 
 
+def untrained(method, data, run):
+    """The floor: linear and k-NN top-1 of h of this run's network before training, named
+    untrained_linear_top1 and untrained_knn_top1; nothing without labels."""
+    if not data.labelled:
+        return {}
+    net = method.build(run.args).to(run.device).eval()
+    view, splits = method.central(run.args.image_size), data.splits(test=False)
+    return method.accuracies(lambda x: net(*x)[:1], ["untrained_"], view, splits, run)
+
+
 def over_seeds(rows, by, keys):
-    """A row for every value of the columns `by`, with the means of the columns `keys`, and in
-    <key>_sd their standard deviations."""
+    """A row for every value of the columns `by`, with the means of the columns `keys`, in
+    <key>_sd their standard deviations, and in `seeds` how many rows it stands for."""
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[k] for k in by), []).append(row)
     means = []
     for value, group in groups.items():
-        mean = dict(zip(by, value))
+        mean = dict(zip(by, value)) | {"seeds": len(group)}
         for k in keys:
             x = torch.tensor([row[k] for row in group], dtype=torch.float64)
             mean[k] = x.mean(0).tolist()
             mean[f"{k}_sd"] = x.std(0, correction=min(1, len(x) - 1)).tolist()
         means.append(mean)
     return means
+
+
+def compare(a, b, key):
+    """1 where the mean a[key] is above b[key], -1 where it is below, and 0 where the difference is
+    within twice its standard error; a, b: rows of over_seeds. With one seed nothing is within."""
+    difference = a[key] - b[key]
+    error = math.sqrt((a[f"{key}_sd"] ** 2 + b[f"{key}_sd"] ** 2) / a["seeds"])
+    return 0 if abs(difference) <= 2 * error else int(math.copysign(1, difference))
+
+
+def answer(holds, text):
+    """The sentence below a figure; holds: whether the rows show its claim."""
+    return f"{'Yes' if holds else 'Not in these runs'}: {text}"
 
 
 def cell(row, key):
@@ -77,21 +102,51 @@ def show(rows, keys):
         print(f"{row[keys[0]]:<24}" + "".join(f"{cell(row, k):>20}" for k in keys[1:]))
 
 
-def figure(path, size, draw, *given):
-    """The PNG that draw(figure, *given) makes with matplotlib, where that is installed."""
+def figure(path, size, draw, *given, claim="", answer=""):
+    """The PNG that draw(figure, *given) makes with matplotlib, where that is installed, with the
+    claim above it and the answer below, both printed as well. size: width, height in inches."""
+    for text in filter(None, (claim, answer)):
+        print("\n" + textwrap.fill(text, 100))
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("matplotlib is not installed: no picture")
-    whole = Figure(figsize=size, layout="constrained")
+    whole = Figure(figsize=size, layout="constrained", dpi=120)
+    if claim:
+        whole.suptitle(textwrap.fill(claim, int(9 * size[0])), fontsize=13, fontweight="bold")
+    if answer:
+        whole.supxlabel(textwrap.fill(answer, int(11 * size[0])), fontsize=11)
     draw(whole, *given)
     common.write(path, lambda part: whole.savefig(part, format="png"))
 
 
 def lines(ax, rows, by, x, y):
-    """Of column y over column x, one for each value of the column `by`."""
+    """Of column y over column x, one for each value of the column `by`; the bars are standard
+    deviations, in rows of over_seeds."""
     for value in dict.fromkeys(row[by] for row in rows):
         line = [row for row in rows if row[by] == value]
-        places = [row[x] for row in line]
-        ax.plot(places, [row[y] for row in line], ".-", label=value, alpha=0.8)
+        deviations = [row.get(f"{y}_sd", 0) for row in line]
+        ax.errorbar([row[x] for row in line], [row[y] for row in line], deviations, fmt=".-",
+                    label=value, alpha=0.8, capsize=3)
     ax.set(xlabel=x)
+
+
+def bars(ax, rows, by, columns, hatched=(), fmt="%.0f"):
+    """A group of bars for each row of over_seeds, named by its column `by`, with a bar for each of
+    columns: key -> label. The lines on them are standard deviations."""
+    width = 0.8 / len(columns)
+    for i, (key, label) in enumerate(columns.items()):
+        places = [x + (i - (len(columns) - 1) / 2) * width for x in range(len(rows))]
+        heights, deviations = [row[key] for row in rows], [row[f"{key}_sd"] for row in rows]
+        drawn = ax.bar(places, heights, 0.9 * width, yerr=deviations, label=label, capsize=2,
+                       hatch="//" if key in hatched else "", edgecolor="white")
+        ax.bar_label(drawn, fmt=fmt, fontsize=8, padding=1)
+    ax.set_xticks(range(len(rows)), [str(row[by]) for row in rows])
+    ax.margins(y=0.2)
+
+
+def floor(ax, level, label="untrained network"):
+    """A dotted line at a level that takes no learning."""
+    ax.axhline(level, ls=":", c="black", lw=1)
+    ax.annotate(label, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                fontsize=8, bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5})
