@@ -41,6 +41,7 @@ def written(folder, name):
     ("temperature", 2, "--batch-size 40 --taus 0.2 1 --batch-sizes 40"),
     ("collapse", 2, "--batch-size 40"),
     ("dino_collapse", 2 * 2, "--batch-size 20 --every 1"),
+    ("teacher", 3 * 2, "--batch-size 40"),
     ("moco_bn_leak", 2, "--batch-size 40 --splits 1 2"),
     ("moco_steps-ms", 1, "--batch-size 40 --ms 0.9"),
     ("pretext_tasks", 3 + 1, "--tasks patch"),
