@@ -1,33 +1,29 @@
-"""What patch and class tokens know without further training: PCA, matching, retrieval (DINOv2).
+"""The same part of another thing has the same patch token, though nobody named a part (DINOv2).
 
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", the coloured patches. Paper:
-Figure 1 (the first principal components of the patch tokens, over images of a category), Figure 10
-(patches matched between two images; there by Euclidean distance as an assignment, thinned out, here
-every patch to the nearest by cosine), Section 7.3 (retrieval by cosine, here of class tokens).
+Figure 1 (the first principal components of the patch tokens, over images of a category: the same
+parts get the same colour), Section 7.3 (retrieval by cosine, here of class tokens).
 
-Nobody told the patches apart. If what varies most separates object from background, and what varies
-next gives the same part of two objects the same colour, the network has found parts by itself.
-
-    python dinov2.py
+    python dinov2.py --epochs 100
     python lessons/dinov2_features.py runs/dinov2-toys-s0/last.pt
-    python lessons/dinov2_features.py runs/dinov2-toys-s0/last.pt --label 3 --size 64
-    python lessons/dinov2_features.py dinov2_vits14_pretrain.pth --dataset PATH --image-size 518
+    python lessons/dinov2_features.py runs/dinov2-toys-s*/last.pt --labels 3 8
     python lessons/dinov2_features.py dinov2_vits14_reg4_pretrain.pth --registers 4 \\
-        --dataset PATH --image-size 518
+        --dataset PATH --image-size 518 --finer 1
 
-CHECKPOINT: last.pt or backbone.pt of dinov2.py, or a released file. Options that are not listed in
---help are those of dinov2.py (--device, --patch-size); what is not given is as in the run. --size
-is 12 patches, or as in training where that is more, up to 224.
-
-Writes lessons/dinov2_features.png: six images of a class, their foreground, their PCA and three
-pairs of them matched; below, images with those whose class tokens are nearest. On `toys`, where
-masks and classes are known, also lessons/dinov2_features.csv, of all classes: the foreground
-against the mask, patches of an object that are matched to an object, neighbours of the same class;
-beside the untrained network and chance. Patches are taken from images of --size, class tokens at
-the size of the training. Images are whole central squares: of `toys` new ones, of other sets
+CHECKPOINT: last.pt or backbone.pt of dinov2.py, or a released file; or several, for different
+seeds. Options that are not listed in --help are those of dinov2.py (--device, --patch-size); what
+is not given is as in the run. Images are whole central squares: of `toys` new ones, of other sets
 validation images, of a folder without labels all.
+
+Writes lessons/dinov2_features.png: images of two classes with three components of their patches,
+and images with those whose class tokens are nearest. On `toys`, where the parts of the things are
+known, also lessons/dinov2_features.csv, three times for other images (several checkpoints take
+turns): which part of which thing is a patch of? Its 20 nearest patches in other images vote. Their
+neighbours are found by cosine of tokens, trained and not, or by the patches' pixels, mean colours
+or places.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -39,11 +35,11 @@ import common
 import dinov2
 from lessons import checkpoint, shared
 
-OURS = "without labels"
-SHOWN = 6
-QUERIES = 3
-NEAREST = 5
-KEYS = ["network", "foreground_jaccard", "object_to_object", "same_class_of_5"]
+CLAIM = "Without labels: patches of the same part of another thing are neighbours"
+OURS, RANDOM = "DINOv2", "random weights"
+SHOWN = 5
+NEAREST = 3
+KEYS = ["features", "seed", "same_part", "foreground_jaccard", "same_class_of_5"]
 
 
 def components(x, k):
@@ -76,25 +72,6 @@ def colours(patches, kept):
     return out
 
 
-def matches(a, b):
-    """The patch of a nearest to every patch of b by cosine: (T, D), (U, D) -> (U,)."""
-    cosine = F.normalize(b) @ F.normalize(a).T
-    return cosine.argmax(1)
-
-
-def matched(a, b, kept_a, kept_b):
-    """Kept patches of a in the colours of their places, those of b in the colour of the patch of a
-    that they match: (h, w, D), bool (h, w) -> 2 x (h, w, 3)."""
-    line = torch.linspace(0, 1, len(kept_a))
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    places = torch.stack([x, 1 - (x + y) / 2, y], -1)
-    one = places * kept_a.unsqueeze(-1)
-    two = torch.zeros_like(places)
-    if kept_a.any():
-        two[kept_b] = places[kept_a][matches(a[kept_a], b[kept_b])]
-    return one, two
-
-
 def nearest(h, k):
     """The k other images nearest to each by class token: (N, D) -> (N, k)."""
     h = F.normalize(h)
@@ -102,88 +79,124 @@ def nearest(h, k):
     return cosine.topk(min(k, len(h) - 1)).indices
 
 
-def in_numbers(h, patches, labels, masks):
-    """On images with masks, in %: mean Jaccard of the foreground, by PCA of every class by itself;
-    patches of an object whose match in another image of the class is on its object; images of the
-    same class among the five nearest."""
-    patch = masks.shape[1] // patches.shape[1]
-    on = checkpoint.per_patch(masks, patch).flatten(1) > 0.5  # (N, T)
-    tokens = patches.flatten(1, 2)
-    overlap = []
-    hits = []
-    for label in labels.unique():
-        of = (labels == label).nonzero().squeeze(1)
-        found = foreground(patches[of]).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-        both = (found & masks[of]).sum((1, 2))
-        either = (found | masks[of]).sum((1, 2))
-        overlap.append(both / either.clamp(min=1))
-        for a, b in zip(of, of.roll(1)):
-            to = matches(tokens[a], tokens[b][on[b]])
-            hits.append(on[a][to])
-    same = labels[nearest(h, NEAREST)] == labels.unsqueeze(1)
-    found = torch.cat(overlap), torch.cat(hits), same
-    return [100 * v.float().mean().item() for v in found]
-
-
-def chance(labels, masks, patch):
-    """The same for the whole image, for any patch, for any other image."""
-    same = labels == labels.unsqueeze(1)
-    other = ~torch.eye(len(labels), dtype=torch.bool)
-    found = masks, checkpoint.per_patch(masks, patch) > 0.5, same[other]
-    return [100 * v.float().mean().item() for v in found]
-
-
-def draw(whole, x, h, patches, shown):
-    """Above, a row for each image shown; below, a row for each query."""
-    above, below = whole.subfigures(2, 1, height_ratios=[len(shown), QUERIES])
-    images, p = x[shown], patches[shown]
-    kept = foreground(p)
-    pairs = []
-    for i in range(0, len(shown) - 1, 2):
-        pairs += matched(p[i], p[i + 1], kept[i], kept[i + 1])
-    columns = {
-        "image": images,
-        "foreground": checkpoint.lit(images, kept),
-        "three components of it": colours(p, kept).movedim(3, 1),
-        "same colour: matched": [picture.movedim(2, 0) for picture in pairs],
+def patches_without_network(x, patch, step):
+    """What can be had without a network of each square of `step` pixels, the middle of a patch:
+    (N, 3, S, S) -> name -> (N, h, w, D)."""
+    side = x.shape[-1] // step
+    before = (patch - step) // 2
+    wide = F.pad(x, (before, patch - step - before) * 2, mode="replicate")
+    pixels = F.unfold(wide, patch, stride=step).mT.unflatten(1, (side, side))
+    line = torch.linspace(-1, 1, side)
+    places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
+    return {
+        "pixels": F.normalize(pixels - pixels.mean((0, 1, 2)), dim=-1),
+        "colour": checkpoint.per_patch(x.flatten(0, 1), step).unflatten(0, (-1, 3)).movedim(1, 3),
+        "place": places.expand(len(x), -1, -1, -1),
     }
-    checkpoint.grid(above, columns)
-    columns = {"query": x[:QUERIES]}
-    for k, column in enumerate(nearest(h, NEAREST).T, 1):
-        columns[f"nearest {k}"] = x[column[:QUERIES]]
-    checkpoint.grid(below, columns)
+
+
+def knn_by_part(features, parts, k=20):
+    """Share in % of the patches of the last quarter of the images for which most of the k nearest
+    patches of the other images are of the same part. features: (N, h, w, D); parts: (N, h, w),
+    0 for the background, which is left out."""
+    n = len(features) * 3 // 4
+    fit, test = features[:n][parts[:n] > 0], features[n:][parts[n:] > 0]
+    known, truth = parts[:n][parts[:n] > 0], parts[n:][parts[n:] > 0]
+    found = []
+    for rows in test.split(1000):
+        index = torch.cdist(rows, fit).topk(min(k, len(fit)), largest=False).indices
+        found.append(known[index].mode(1).values)
+    return 100 * (torch.cat(found) == truth).float().mean().item()
+
+
+def overlap(patches, labels, parts):
+    """Mean Jaccard similarity in % of the foreground and the object, by PCA of each class."""
+    scores = []
+    for label in labels.unique():
+        of = labels == label
+        found = F.interpolate(foreground(patches[of]).unsqueeze(1).float(), parts.shape[1:])[:, 0]
+        truth = (parts[of] > 0).float()
+        both = (found * truth).sum((1, 2))
+        scores.append(both / (found + truth).clamp(max=1).sum((1, 2)).clamp(min=1))
+    return 100 * torch.cat(scores).mean().item()
+
+
+def measure(nets, x, labels, parts, run):
+    """Rows for networks by name, and for features without one; parts: (N, S, S)."""
+    patch, step = run.args.patch_size, nets[OURS].backbone.patch_size
+    known = checkpoint.most(parts, step)
+    known = torch.where(known > 0, 10 * labels.view(-1, 1, 1) + known, 0)  # a part of a thing
+    rows = []
+    for name, net in nets.items():
+        h, tokens = checkpoint.tokens(net, x, run)
+        same = labels[nearest(h, 5)] == labels.unsqueeze(1)
+        rows.append({"features": name, "same_part": knn_by_part(F.normalize(tokens, dim=-1), known),
+                     "foreground_jaccard": overlap(tokens, labels, parts),
+                     "same_class_of_5": 100 * same.float().mean().item()})
+    for name, features in patches_without_network(x, patch, step).items():
+        rows.append({"features": name, "same_part": knn_by_part(features, known),
+                     "foreground_jaccard": "", "same_class_of_5": ""})
+    return rows
+
+
+def pictures(x, h, tokens, labels, chosen):
+    """Columns of the figure: title -> (n, ...)."""
+    columns = {}
+    for label in chosen:
+        of = (labels == label).nonzero().squeeze(1)[:SHOWN]
+        columns[f"class {label}"] = x[of]
+        kept = foreground(tokens[of])
+        columns[f"components of {label}"] = colours(tokens[of], kept).movedim(3, 1)
+    columns["any image"] = x[:SHOWN]
+    for k, column in enumerate(nearest(h, NEAREST)[:SHOWN].T, 1):
+        columns[f"nearest {k}"] = x[column]
+    return columns
+
+
+def draw(whole, columns, means):
+    """means: a row for each kind of features, or none."""
+    if not means:
+        return checkpoint.grid(whole, columns)
+    left, right = whole.subfigures(1, 2, width_ratios=[2.2, 1])
+    checkpoint.grid(left, columns)
+    ax = right.subplots()
+    shared.bars(ax, means, "features", {"same_part": ""})
+    ax.tick_params("x", rotation=30)
+    ax.set(title="patches whose nearest patches\nare of the same part, %")
 
 
 def main(argv=None):
     p = checkpoint.parser(__doc__)
-    p.add_argument("--label", **common.FROM_0, help="class to show (of the first)")
+    p.add_argument("--labels", **common.FROM_0, nargs="+", help="classes to show (of two images)")
     own, options = p.parse_known_args(argv)
-    net, data, run = checkpoint.load(dinov2, own, options)
-    args = run.args
-    patch = args.patch_size
-    size = checkpoint.side(own, run)
-    x, labels, masks = checkpoint.images(own, size, data, run)
-    label = labels[0] if own.label is None else own.label
-    shown = (labels == label).nonzero().squeeze(1)[:SHOWN]
-    if not len(shown):
-        common.fail(f"--label {label}: none of the {len(x)} images is of that class")
-    size = min(size, args.image_size // patch * patch)  # as in training
-    small = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-
-    def both_tokens(f):
-        return checkpoint.tokens(f, small, run)[0], checkpoint.tokens(f, x, run)[1]
-
-    h, patches = both_tokens(net)
-    shared.figure(f"{own.out}/dinov2_features.png", (9, 14), draw, x, h, patches, shown)
-    if masks is None:
-        return []
-    untrained = both_tokens(dinov2.build(args))
-    rows = [
-        [OURS, *in_numbers(h, patches, labels, masks)],
-        ["random weights", *in_numbers(*untrained, labels, masks)],
-        ["whole image or chance", *chance(labels, masks, patch)],
-    ]
-    checkpoint.table(f"{own.out}/dinov2_features.csv", KEYS, rows)
+    trained = [checkpoint.load(dinov2, own, options, path) for path in own.checkpoints]
+    rows = []
+    for seed in range(own.seeds):
+        net, data, run = trained[seed % len(trained)]
+        x, labels, parts = checkpoint.images(own, data, run, seed)
+        if parts is None:
+            break
+        args = argparse.Namespace(**vars(run.args) | {"seed": seed})
+        nets = {OURS: net, RANDOM: checkpoint.refine(dinov2.build(args), own.finer)}
+        rows += [row | {"seed": seed} for row in measure(nets, x, labels, parts, run)]
+    chosen = own.labels or labels.unique()[:2].tolist()
+    if not set(chosen) <= set(labels.tolist()):
+        common.fail(f"--labels {chosen}: the {len(x)} images are not of all these classes")
+    columns = pictures(x, *checkpoint.tokens(net, x, run), labels, chosen)
+    if not rows:
+        shape = (1.4 * len(columns), 1.5 * SHOWN)
+        return shared.figure(f"{own.out}/dinov2_features.png", shape, draw, columns, [])
+    shared.write_csv(f"{own.out}/dinov2_features.csv", rows, KEYS)
+    means = shared.over_seeds(rows, ["features"], ["same_part"])
+    ours, *others = means
+    best = max(others, key=lambda row: row["same_part"])
+    text = (f"the nearest patches of a patch are of the same part for {ours['same_part']:.0f} % by "
+            f"{OURS}'s tokens ({len(trained)} run(s)), for {best['same_part']:.0f} % by "
+            f"{best['features']}, the best of the others.")
+    holds = shared.compare(ours, best, "same_part") > 0
+    shared.figure(f"{own.out}/dinov2_features.png", (14, 6), draw, columns, means, claim=CLAIM,
+                  answer=shared.answer(holds, text))
+    shared.show(means, ["features", "same_part"])
     return rows
 
 

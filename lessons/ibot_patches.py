@@ -9,23 +9,26 @@ A single hidden patch can be guessed from its neighbours; of a hidden block one 
 is part of. So a token is drawn to say which part of what it shows, and the same part elsewhere is
 to say the same.
 
-    python ibot.py
+    python ibot.py --epochs 100
     python lessons/ibot_patches.py runs/ibot-toys-s0/last.pt
-    python lessons/ibot_patches.py runs/ibot-toys-s0/last.pt --size 32
-    python lessons/ibot_patches.py checkpoint_teacher.pth --dataset PATH --size 448
+    python lessons/ibot_patches.py checkpoint_teacher.pth --dataset PATH --size 448 --finer 1
 
-CHECKPOINT: last.pt or backbone.pt of ibot.py, or a released file. Options that are not listed in
---help are those of ibot.py (--device, --patch-size); what is not given is as in the run. --size is
-12 patches, or as in training where that is more.
+CHECKPOINT: last.pt or backbone.pt of ibot.py, or a released file; or several, for different seeds.
+Options that are not listed in --help are those of ibot.py (--device, --patch-size); what is not
+given is as in the run.
 
 Writes lessons/ibot_patches.csv and lessons/ibot_patches.png: above, an image as the student gets
 it, with hidden blocks and with hidden single patches ("rand" in the released code); below, matched
-patches. The views are crops of 40 to 100 % of the area, one mirrored, in other colours: which place
-of one is which of the other is known. On `toys` so are the objects. Random pairs: every patch of
-the one with every patch of the other. Images are whole central squares: of `toys` new ones, of
-other sets validation images, of a folder without labels all.
+patches, and how many matches are right, three times for other images (several checkpoints take
+turns). The views are crops of 40 to 100 % of the area, one mirrored, in other colours: which place
+of one is which of the other is known. On `toys` so are the parts, and counted are matches of
+patches that show one. Beside iBOT's tokens stand those of the untrained network, the patches'
+pixels, and random pairs: every patch of the one with every patch of the other. Images are whole
+central squares: of `toys` new ones, of other sets validation images, of a folder without labels
+all.
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -37,11 +40,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
 import ibot
 from lessons import checkpoint, shared
+from lessons.dinov2_dense import pixels
 
-OURS = "without labels"
-VIEWS, IMAGES = "views of one image", "images of a class"
+CLAIM = "Patch tokens find the same place in another view and the same part in another thing"
+OURS, RANDOM, PIXELS, PAIRS = "iBOT", "random weights", "pixels", "random pairs"
 BEST = 12
-KEYS = ["network", "two", "matches", "same_place", "both_on_object"]
+KEYS = ["features", "seed", "matches", "same_place", "same_part"]
 
 
 def mutual(a, b, most=BEST):
@@ -88,18 +92,20 @@ def near(boxes, mirrored, side):
     return torch.cdist(a, b, p=math.inf) <= 1.0001
 
 
-def both(a, b, patch):
-    """Which pairs of patches are mostly object on both sides: masks (N, 1, S, S) of the two images
-    -> (N, T, T), 0 or 1, nan where the masks are."""
-    a, b = (F.avg_pool2d(mask.round(), patch).round().flatten(1) for mask in (a, b))
-    return a.unsqueeze(2) * b.unsqueeze(1)
+def alike(a, b, patch):
+    """Which pairs of patches are of the same part: parts (N, S, S) of two images of a class each
+    -> (N, T, T), 0 or 1, nan where the patch of a shows no part."""
+    a, b = (checkpoint.most(parts, patch).flatten(1) for parts in (a, b))
+    good = (a.unsqueeze(2) == b.unsqueeze(1)).float()
+    return torch.where(a.unsqueeze(2) > 0, good, math.nan)
 
 
 def share(good, found=None):
-    """Share in % of pairs of patches that are good: (N, T, T), N lists of pairs or None for all."""
+    """Share in % of pairs of patches that are good: (N, T, T), N lists of pairs or None for all;
+    nan is left out."""
     if found is not None:
         good = torch.cat([g[pair] for g, pair in zip(good, found)])
-    return 100 * good.float().mean().item()
+    return 100 * good.nanmean().item()
 
 
 def hidden(x, side, ratio):
@@ -107,81 +113,118 @@ def hidden(x, side, ratio):
     its patches grey."""
     columns = {"image": x}
     for title, make in (("hidden blocks", ibot.block_mask), ("hidden patches", ibot.random_mask)):
-        mask = make(side, side, ratio, torch.Generator())
+        mask = make(side, side, ratio, torch.Generator().manual_seed(1))
         mask = F.interpolate(mask[None, None].float(), x.shape[2:])
         columns[title] = torch.where(mask > 0, 0.6, x)
     return columns
 
 
-def draw(whole, columns, pairs, side):
-    """Masks above, below the patches that match. pairs: title, images a and b, patches in a and
-    in b, which pairs are good (T, T)."""
-    top, below = whole.subfigures(2, 1)
+def two_views(x, parts):
+    """Views of images (N, 3, S, S) and their parts (N, S, S): 2 x (N, 3, S, S), 2 x (N, S, S), and
+    where they were cut."""
+    boxes, mirrored = draw_views(len(x), x.shape[-1])
+    views, cuts = [], []
+    for view in zip(boxes, mirrored):
+        views.append(common.color_jitter(cut(x, *view), 0.4, 0.4, 0.2, 0.1, p=0.8))
+        on = cut((parts > 0).float().unsqueeze(1), *view)
+        cuts.append(on[:, 0].round())
+    return views, cuts, (boxes, mirrored)
+
+
+def two_images(labels):
+    """Index of images (M,) and of others (M,) of the same class."""
+    order = labels.argsort(stable=True)
+    a, b = order[:-1], order[1:]
+    same = labels[a] == labels[b]
+    if not same.any():
+        common.fail("there are no two images of a class, raise --images")
+    return a[same], b[same]
+
+
+def measure(net, x, labels, parts, seed, run):
+    """Rows, by features; and pairs to be shown, by title: images, matches, which are good."""
+    patch, step = run.args.patch_size, net.backbone.patch_size
+    common.reseed(seed)
+    known = parts is not None
+    parts = parts if known else torch.ones_like(x[:, 0])
+    views, cuts, where = two_views(x, parts)
+    a, b = two_images(labels)
+    place = near(*where, x.shape[-1] // step).float()
+    on = checkpoint.most(cuts[0], step).flatten(1).unsqueeze(2) > 0
+    place = torch.where(on, place, math.nan)
+    part = alike(parts[a], parts[b], step) if known else place[a] * math.nan
+    args = argparse.Namespace(**vars(run.args) | {"seed": seed})
+    other = checkpoint.refine(ibot.build(args), patch // step)
+    rows, shown = [], {}
+    for name, f in ((OURS, lambda x: checkpoint.tokens(net, x, run)[1]),
+                    (RANDOM, lambda x: checkpoint.tokens(other, x, run)[1]),
+                    (PIXELS, lambda x: pixels(x, patch, step) - pixels(x, patch, step).mean())):
+        in_views = [mutual(*pair) for pair in zip(f(views[0]), f(views[1]))]
+        tokens = f(x)
+        in_images = [mutual(tokens[i], tokens[j]) for i, j in zip(a, b)]
+        rows.append({"features": name, "same_place": share(place, in_views),
+                     "same_part": share(part, in_images),
+                     "matches": sum(len(i) for i, _ in in_views) / len(x)})
+        if name == OURS:
+            shown["two views"] = views[0][0], views[1][0], in_views[0], place[0]
+            shown["two things"] = x[a[0]], x[b[0]], in_images[0], part[0]
+    rows.append({"features": PAIRS, "same_place": share(place), "same_part": share(part),
+                 "matches": ""})
+    return rows, shown
+
+
+def draw(whole, columns, shown, means, side):
+    """Masks and matched patches, lime where they are right; means: a row for each features."""
+    left, right = whole.subfigures(1, 2, width_ratios=[1.5, 1])
+    top, below = left.subfigures(2, 1)
     checkpoint.grid(top, columns)
-    for ax, (title, a, b, found, good) in zip(below.subplots(2, 2).flat, pairs):
+    for ax, (title, (a, b, found, good)) in zip(below.subplots(1, 2), shown.items()):
         picture = torch.cat([a, b], 2).movedim(0, -1)
         ax.imshow(picture, extent=(0, 2 * side, side, 0))
-        ax.set_title(title)
+        ax.set_title(title, fontsize=9)
         ax.axis("off")
-        good = good[found] > 0
+        counted = ~good[found].isnan()
+        right_ones = good[found] > 0
         found = torch.stack(found)  # (2, M)
         y = found // side + 0.5
         x = found % side + 0.5 + torch.tensor([[0], [side]])
-        ax.plot(x, y, "o-", c="orange")
-        ax.plot(x[:, good], y[:, good], "o-", c="lime")
+        ax.plot(x[:, counted], y[:, counted], "o-", c="orange")
+        ax.plot(x[:, right_ones], y[:, right_ones], "o-", c="lime")
+    ax = right.subplots()
+    shared.bars(ax, means, "features", {k: k.replace("_", " ") for k in KEYS[3:]})
+    ax.set(title="matches that are right, %")
+    ax.legend()
+
+
+def answer(means, count):
+    """count: of checkpoints."""
+    ours, *others = means
+    parts, holds = [], True
+    for key in KEYS[3:]:
+        best = max(others, key=lambda row: row[key])
+        holds = holds and shared.compare(ours, best, key) > 0
+        parts.append(f"{ours[key]:.0f} % of the {key.replace('_', ' ')}, by {best['features']} "
+                     f"{best[key]:.0f} %")
+    return shared.answer(holds, f"of the matches {'; '.join(parts)} ({count} run(s) of iBOT).")
 
 
 def main(argv=None):
     p = checkpoint.parser(__doc__, images=200)
     own, options = p.parse_known_args(argv)
-    net, data, run = checkpoint.load(ibot, own, options)
-    args = run.args
-    patch = args.patch_size
-    size = checkpoint.side(own, run)
-    x, labels, masks = checkpoint.images(own, size, data, run)
-    side = size // patch
-    if masks is None:
-        masks = x[:, 0] * math.nan  # not known
-    masks = masks.float().unsqueeze(1)
-    common.reseed(args.seed)
-    boxes, mirrored = draw_views(len(x), size)
-    views = []
-    cuts = []
-    for view in zip(boxes, mirrored):
-        views.append(common.color_jitter(cut(x, *view), 0.4, 0.4, 0.2, 0.1, p=0.8))
-        cuts.append(cut(masks, *view))
-    order = labels.argsort(stable=True)
-    a, b = order[:-1], order[1:]
-    alike = labels[a] == labels[b]
-    a, b = a[alike], b[alike]
-    if not len(a):
-        common.fail("there are no two images of a class, raise --images")
-    same = near(boxes, mirrored, side)
-    kinds = {  # images, images, which patches are of the same place, which are both on the object
-        VIEWS: (*views, same, both(*cuts, patch)),
-        IMAGES: (x[a], x[b], same[a] * math.nan, both(masks[a], masks[b], patch)),
-    }
-    nets = {
-        OURS: net,
-        "random weights": ibot.build(args),
-        "random pairs": None,  # of patches, not of tokens
-    }
+    trained = [checkpoint.load(ibot, own, options, path) for path in own.checkpoints]
     rows = []
-    pairs = []
-    for name, f in nets.items():
-        for kind, (one, two, same, objects) in kinds.items():
-            found = None
-            count = math.nan
-            if f:
-                tokens = [checkpoint.tokens(f, view, run)[1] for view in (one, two)]
-                found = [mutual(*pair) for pair in zip(*tokens)]
-                count = sum(len(i) for i, _ in found) / len(found)
-                good = same if kind == VIEWS else objects
-                pairs.append((f"{name}, two {kind}", one[0], two[0], found[0], good[0]))
-            rows.append([name, kind, count, share(same, found), share(objects, found)])
-    checkpoint.table(f"{own.out}/ibot_patches.csv", KEYS, rows)
-    columns = hidden(x[:1], side, args.mask_ratio[1])
-    shared.figure(f"{own.out}/ibot_patches.png", (9, 8), draw, columns, pairs, side)
+    for seed in range(own.seeds):
+        net, data, run = trained[seed % len(trained)]
+        x, labels, parts = checkpoint.images(own, data, run, seed)
+        found, shown = measure(net, x, labels, parts, seed, run)
+        rows += [row | {"seed": seed} for row in found]
+    shared.write_csv(f"{own.out}/ibot_patches.csv", rows, KEYS)
+    means = shared.over_seeds(rows, ["features"], KEYS[3:])
+    columns = hidden(x[:1], x.shape[-1] // run.args.patch_size, run.args.mask_ratio[1])
+    side = x.shape[-1] // net.backbone.patch_size
+    shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, columns, shown, means, side,
+                  claim=CLAIM, answer=answer(means, len(trained)))
+    shared.show(means, ["features", *KEYS[3:]])
     return rows
 
 
