@@ -1,63 +1,136 @@
-"""Composition of augmentations: neither crop nor colour alone does it (SimCLR).
+"""Which augmentations to compose: crop and colour together do best (SimCLR).
 
 Slides: "What did we learn from SimCLR?": using strong data augmentations is really important for
-learning good features. Paper: Section 3.1, Figures 5 and 6: crop and colour together beat either
-by far, because crops of one image share their colour histogram, and the loss takes that shortcut.
+learning good features. Paper: Section 3.1, Figures 5 and 6: alone no augmentation is enough, and of
+all pairs crop and colour is best, because crops of one image share their colours, and the loss
+takes that shortcut.
 
-Crop and colour are switched on and off, for the same number of steps; flips stay on.
+Five augmentations, alone (the diagonal) and in pairs, for the same number of steps: crop and colour
+jitter are simclr.py's own, and blur, turns by 90 degrees and noise are added here. Flips stay on.
+In the paper all images are cropped, and the rest is done to one of the two views; here to both.
 
-    python lessons/augmentations.py --limit 2000
-    python lessons/augmentations.py --dataset cifar10 --epochs 50 --seeds 3
+    python lessons/augmentations.py
+    python lessons/augmentations.py --dataset cifar10 --epochs 50
 
 Options that are not listed in --help go to simclr.py. Writes lessons/augmentations.csv, a line per
-run, and lessons/augmentations.png: for each composition an image (left) and what the network sees
-of it, with the top-1. All figures are of the validation images, never of the test set.
+run, and lessons/augmentations.png: the linear probe's top-1 on validation images as a matrix.
 """
 
+import functools
+import itertools
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+import common
 import simclr
 from lessons import shared
 
-COMPOSITIONS = {
-    "crop + colour": [],
-    "crop": ["--no-color"],
-    "colour": ["--no-crop"],
-    "neither": ["--no-color", "--no-crop"],
+CLAIM = "No augmentation is enough alone; crop and colour are the best pair"
+NAMES = ["crop", "colour", "blur", "turn", "noise"]
+PAIRS = [*itertools.combinations_with_replacement(NAMES, 2)]  # of two equal ones: it alone
+KEYS = ["linear_top1", "knn_top1", "untrained_linear_top1"]
+
+
+def turn(x):
+    """A turn by 0, 90, 180 or 270 degrees, for each image its own."""
+    quarters = torch.randint(4, (len(x), 1, 1, 1), device=x.device)
+    for k in (1, 2, 3):
+        x = torch.where(quarters == k, x.rot90(k, (2, 3)), x)
+    return x
+
+
+def noise(x):
+    """Gaussian noise, for each image of a deviation up to 0.2."""
+    deviation = common.uniform(0, 0.2, (len(x), 1, 1, 1), x.device)
+    return (x + deviation * torch.randn_like(x)).clamp(0, 1)
+
+
+ADDED = {
+    "blur": lambda x: common.blur(x, sigma=(0.1, 2.0), taps=7, p=0.5),
+    "turn": turn,
+    "noise": noise,
 }
-SHOWN = ("loss linear_top1 knn_top1 head_linear_top1 alignment uniformity spread rank_h").split()
 
 
-def draw(whole, means, folders):
-    """means: a row for each composition; folders: of a run of each, whose views.png is shown."""
-    from matplotlib.image import imread
+class AddedRun(common.Run):
+    """A run whose views go through these functions before simclr.augment."""
 
-    for ax, row in zip(whole.subplots(2, 2).flat, means):
-        views = imread(folders[row["composition"]] / "views.png")
-        ax.imshow(views[: views.shape[0] // 2])  # four of the eight images
-        title = f"{row['composition']}: loss {row['loss']:.2f}"
-        if "linear_top1" in row:
-            title += f", linear {row['linear_top1']:.1f} %, k-NN {row['knn_top1']:.1f} %"
-        ax.set(title=title)
-        ax.axis("off")
+    def __init__(self, functions, args):
+        super().__init__(args)
+        self.functions = functions
+
+    def batches(self, data, epoch, crops):
+        for step, views in super().batches(data, epoch, crops):
+            for f in self.functions:
+                views = [f(x) for x in views]
+            yield step, views
+
+
+def draw(whole, means):
+    """means: a row for each pair."""
+    ax = whole.subplots()
+    cells = torch.full((len(NAMES), len(NAMES)), torch.nan)
+    for row in means:
+        i, j = NAMES.index(row["first"]), NAMES.index(row["second"])
+        cells[i, j] = cells[j, i] = row["linear_top1"]
+        spread = f"\n± {row['linear_top1_sd']:.1f}" if row["seeds"] > 1 else ""
+        for x, y in {(i, j), (j, i)}:
+            ax.text(x, y, f"{row['linear_top1']:.1f}{spread}", ha="center", va="center",
+                    fontsize=9, bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1.5})
+    floor = means[0]["untrained_linear_top1"]
+    shown = ax.imshow(cells, vmin=floor, cmap="viridis")
+    bar = whole.colorbar(shown, label="linear probe of h, %")
+    bar.ax.set_title(f"untrained\n{floor:.1f}", y=-0.14, fontsize=8)
+    ax.set_xticks(range(len(NAMES)), NAMES)
+    ax.set_yticks(range(len(NAMES)), NAMES)
+    ax.set(xlabel="on the diagonal: alone")
+
+
+def answer(means):
+    """Is crop + colour above every single one, and the best pair?"""
+    by_name = {(row["first"], row["second"]): row for row in means}
+    ours = by_name["crop", "colour"]
+    ranked = sorted(means, key=lambda row: -row["linear_top1"])
+    second = next(row for row in ranked if row is not ours)
+    single = next(row for row in ranked if row["first"] == row["second"])
+    text = f"crop and colour {ours['linear_top1']:.1f} %"
+    for row, kind in ((second, "the next best"), (single, "the best alone")):
+        name = " and ".join(dict.fromkeys((row["first"], row["second"])))
+        text += f", {kind} ({name}) {row['linear_top1']:.1f} %"
+    above = [shared.compare(ours, row, "linear_top1") > 0 for row in (second, single)]
+    return shared.answer(all(above), text + ".")
+
+
+def report(own, rows):
+    """The table and the figure of the runs until now."""
+    shared.write_csv(f"{own.out}/augmentations.csv", rows,
+                     ["first", "second", "seed", "epochs", *KEYS])
+    means = shared.over_seeds(rows, ["first", "second"], KEYS)
+    shared.figure(f"{own.out}/augmentations.png", (6.5, 6), draw, means, claim=CLAIM,
+                  answer=answer(means))
+    shared.show(means, ["first", "second", *KEYS])
 
 
 def main(argv=None):
-    own, options = shared.parser(__doc__, "augmentations", epochs=8).parse_known_args(argv)
-    rows, folders = [], {}
+    own, options = shared.parser(__doc__, "augmentations", epochs=4).parse_known_args(argv)
+    rows = []
     for seed in range(own.seeds):
-        for name, flags in COMPOSITIONS.items():
-            _, _, run = shared.train(simclr, own, name, seed, [*options, *flags])
-            rows.append(vars(run.args) | run.rows[-1] | {"composition": name})
-            folders.setdefault(name, run.folder)
-    shown = [k for k in SHOWN if k in rows[0]]  # no top-1 without labels
-    shared.write_csv(f"{own.out}/augmentations.csv", rows,
-                     ["composition", "seed", "epochs", *shown])
-    means = shared.over_seeds(rows, ["composition"], shown)
-    shared.figure(f"{own.out}/augmentations.png", (11, 7.5), draw, means, folders)
-    shared.show(means, ["composition", *shown])
+        floor = {}
+        for pair in PAIRS:
+            flags = [] if "crop" in pair else ["--no-crop"]
+            flags += [] if "colour" in pair else ["--no-color"]
+            kind = functools.partial(AddedRun, [f for k, f in ADDED.items() if k in pair])
+            name = " ".join(dict.fromkeys(pair))
+            _, data, run = shared.train(simclr, own, name, seed, [*options, *flags], kind)
+            if not data.labelled:
+                common.fail("these images have no labels, there is nothing to probe for")
+            floor = floor or shared.untrained(simclr, data, run)
+            rows.append(vars(run.args) | run.rows[-1] | floor
+                        | dict(zip(("first", "second"), pair)))
+        report(own, rows)
 
 
 if __name__ == "__main__":

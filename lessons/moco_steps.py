@@ -1,27 +1,20 @@
-"""From MoCo v1 to v2, one change at a time; and what the queue and the momentum do (MoCo).
+"""From MoCo v1 to v2, one change at a time (MoCo).
 
 Slides: "MoCov2 vs. SimCLR": rows v1 and (a) to (d) switch the MLP head (MLP), v2's augmentation
-(aug+) and the cosine schedule (cos) on. Paper: v2, Table 1; v1, Figure 3 (K) and Section 4.1 (m).
+(aug+) and the cosine schedule (cos) on. Paper: v2, Table 1.
 
 tau goes with the head, as in v2: 0.07 with the linear one, 0.2 with the MLP. The paper's aug+ is an
 added blur; the released code also has a weaker hue and a jitter of 80 % of the images. On images up
 to 64 pixels the recipes do not blur, so that these two are all of it; --blur 0.5 adds the blur.
 
-    python lessons/moco_steps.py --limit 2000
-    python lessons/moco_steps.py --dataset cifar10 --epochs 200 --seeds 3
-
-The two ablations, v2 with other lengths of the queue and with other momenta of the key encoder:
-
-    python lessons/moco_steps.py --queues 64 128 256 512 1024
-    python lessons/moco_steps.py --ms 0 0.9 0.99 0.999
+    python lessons/moco_steps.py
+    python lessons/moco_steps.py --dataset cifar10 --epochs 200
 
 Options that are not listed in --help go to moco.py. Writes lessons/moco_steps.csv, a line per run,
-and lessons/moco_steps.png, the ablations with -queues or -ms in the name. Our figures are of the
-validation images, never of the test set; those beside them are the papers', on ImageNet. A queue
-that is long beside the run holds random keys for a good part of it.
+and lessons/moco_steps.png. Our figures are of validation images; those beside them are the paper's,
+on ImageNet.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -30,6 +23,7 @@ import common
 import moco
 from lessons import shared
 
+CLAIM = "MLP head, augmentation and cosine schedule of v2 improve MoCo v1"
 ROWS = {  # of the slide: what is on, its ImageNet top-1
     "v1": ("", 60.6),
     "(a)": ("MLP", 66.2),
@@ -42,71 +36,65 @@ SWITCHES = {  # off, on
     "aug+": ("--aug v1", "--aug v2"),
     "cos": ("--schedule step", "--schedule cosine"),
 }
-OF_M = {0: math.nan, 0.9: 55.2, 0.99: 57.8, 0.999: 59.0}  # v1, K 4096; with 0 it "fails"
-SHOWN = ["linear_top1", "knn_top1", "spread", "rank_h", "loss"]
+TOP1 = {"linear_top1": "linear probe", "knn_top1": "k-NN"}
+KEYS = [*TOP1, "spread", "rank_h", "loss", "untrained_linear_top1"]
 
 
-def cases(own):
-    """Case: the options that make it, the paper's top-1 on ImageNet or nan."""
-    if own.queues:
-        return {f"K {k}": (["--queue", k], math.nan) for k in own.queues}
-    if own.ms:
-        return {f"m {m:g}": (["--m", m], OF_M.get(m, math.nan)) for m in own.ms}
-    made = {}
-    for row, (on, top1) in ROWS.items():
-        flags = []
-        for name, (without, having) in SWITCHES.items():
-            flags += (having if name in on.split() else without).split()
-        made[f"{row} {on}".strip()] = flags, top1
-    return made
+def flags(on):
+    """The options of a row that has these switches on."""
+    chosen = [having if name in on.split() else without
+              for name, (without, having) in SWITCHES.items()]
+    return " ".join(chosen).split()
 
 
-def draw(whole, means, epochs):
-    """means: a row for each case."""
-    known = [row for row in means if not math.isnan(row["ImageNet"])]
-    left, *others = whole.subplots(1, 2 if known else 1, squeeze=False)[0]
-    for shift, key in ((-0.2, "linear_top1"), (0.2, "knn_top1")):
-        heights = [row[key] for row in means]
-        deviations = [row[f"{key}_sd"] for row in means]
-        places = [x + shift for x in range(len(means))]
-        bars = left.bar(places, heights, 0.38, yerr=deviations, label=f"h, {key[:-5]}")
-        left.bar_label(bars, fmt="%.1f", fontsize=8)
-    left.set(ylabel="validation top-1, %", title=f"here, after {epochs} epochs")
-    left.margins(y=0.2)
+def draw(whole, means):
+    """means: a row for each of the slide's."""
+    left, right = whole.subplots(1, 2, width_ratios=[1.6, 1])
+    shared.bars(left, means, "case", TOP1, fmt="%.1f")
+    shared.floor(left, means[0]["untrained_linear_top1"])
+    left.set(ylabel="top-1 of h, %", title="here")
     left.legend(fontsize=8, ncols=2, loc="upper center")
-    for ax in others:
-        bars = ax.bar(range(len(known)), [row["ImageNet"] for row in known], 0.6)
-        ax.bar_label(bars, fmt="%.1f", fontsize=8)
-        ax.set(title="ImageNet, after 200 epochs (papers)", ylabel="top-1, %")
-    for ax, rows in zip((left, *others), (means, known)):
-        ax.set_xticks(range(len(rows)), [row["case"].replace(" ", "\n") for row in rows])
+    places = range(len(means))
+    bars = right.bar(places, [ROWS[row["row"]][1] for row in means], 0.6, color="grey")
+    right.bar_label(bars, fmt="%.1f", fontsize=8)
+    right.set_xticks(places, [row["case"] for row in means])
+    right.set(ylim=(55, 70), ylabel="top-1, %", title="ImageNet, 200 epochs (paper)")
+
+
+def answer(means):
+    """Which changes are beyond the noise, and is v2 above v1?"""
+    v1, *others = means
+    gains = []
+    for row in others:
+        sure = "" if shared.compare(row, v1, "linear_top1") else " (within the noise)"
+        gains.append(f"{row['row']} {row['linear_top1'] - v1['linear_top1']:+.1f}{sure}")
+    return shared.answer(shared.compare(means[-1], v1, "linear_top1") > 0, (
+        f"v1 has {v1['linear_top1']:.1f} %, the other rows {', '.join(gains)}."))
+
+
+def report(own, rows):
+    """The table and the figure of the runs until now."""
+    shared.write_csv(f"{own.out}/moco_steps.csv", rows, [
+        "row", "head", "aug", "schedule", "temperature", "seed", "epochs", *KEYS])
+    means = shared.over_seeds(rows, ["row", "case"], KEYS)
+    shared.figure(f"{own.out}/moco_steps.png", (10, 4.3), draw, means, claim=CLAIM,
+                  answer=answer(means))
+    shared.show(means, ["row", *KEYS])
 
 
 def main(argv=None):
-    p = shared.parser(__doc__, "moco_steps", epochs=8)
-    sweep = p.add_mutually_exclusive_group()
-    sweep.add_argument("--queues", type=int, nargs="+", help="in place of the rows: values of K")
-    sweep.add_argument("--ms", type=float, nargs="+", help="in place of the rows: values of m")
-    own, options = p.parse_known_args(argv)
-    rows, todo = [], cases(own)
+    own, options = shared.parser(__doc__, "moco_steps", epochs=8).parse_known_args(argv)
+    rows = []
     for seed in range(own.seeds):
-        for case, (flags, _) in todo.items():
-            _, data, run = shared.train(moco, own, case, seed, [*options, *flags])
+        floor = {}
+        for row, (on, _) in ROWS.items():
+            _, data, run = shared.train(moco, own, row, seed, [*options, *flags(on)])
             if not data.labelled:
                 common.fail("these images have no labels, there is nothing to probe for")
-            rows.append(vars(run.args) | run.rows[-1]
-                        | {"case": case, "tau": run.args.temperature})
-    name = "moco_steps"
-    if own.queues or own.ms:
-        name += "-queues" if own.queues else "-ms"
-    shared.write_csv(f"{own.out}/{name}.csv", rows, [
-        "case", "head", "aug", "schedule", "tau", "queue", "m", "seed", "epochs", *SHOWN])
-    means = shared.over_seeds(rows, ["case"], SHOWN)
-    for row in means:
-        row["ImageNet"] = todo[row["case"]][1]
-    width = 6 if all(math.isnan(row["ImageNet"]) for row in means) else 11
-    shared.figure(f"{own.out}/{name}.png", (width, 4), draw, means, own.epochs)
-    shared.show(means, ["case", *SHOWN, "ImageNet"])
+            floor = floor or shared.untrained(moco, data, run)
+            case = f"{row} {on}".strip().replace(" ", "\n")
+            rows.append(vars(run.args) | run.rows[-1] | floor | {"row": row, "case": case})
+        report(own, rows)
 
 
 if __name__ == "__main__":

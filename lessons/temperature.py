@@ -1,22 +1,21 @@
-"""How batch size and temperature shape the spread of learned embeddings (SimCLR).
+"""What temperature and batch size do to the spread of learned embeddings (SimCLR).
 
 Slides: "derive and visualize how batch size and temperature (tau) shape the spread of learned
-embeddings", and "What did we learn from SimCLR?": it needs large batches. Paper:
-Table 5 (temperature), Figure 9 (batch size); Wang & Isola 2020 (alignment and uniformity).
+embeddings", and "What did we learn from SimCLR?": it needs large batches. Paper: Table 5
+(temperature), Figure 9 (batch size); Wang & Isola 2020 (alignment and uniformity).
 
-With a small tau the softmax is over the hardest negatives, and small differences count. Trained to
-the end it is known to spread z over the sphere (Wang & Isola), while a large tau weighs all
-negatives alike.
+With a small tau the softmax is over the nearest negatives alone, and pushes them apart: z spreads
+over the sphere (low uniformity). With a large tau all negatives weigh the same, and views of one
+image meet (low alignment). What is best for the class lies between.
 
-    python lessons/temperature.py --limit 2000
-    python lessons/temperature.py --dataset cifar10 --epochs 50 --seeds 3 --batch-sizes 128 2048
+    python lessons/temperature.py
+    python lessons/temperature.py --dataset cifar10 --epochs 50 --batch-sizes 128 2048
 
 Options that are not listed in --help go to simclr.py. Writes lessons/temperature.csv, a line per
-run, and lessons/temperature.png: cosine similarities of positive and negative pairs for each tau,
-the alignment-uniformity plane, top-1 against tau and against batch size.
-
-All figures are of the validation images, never of the test set. With the epochs fixed a larger
-batch means fewer steps with a larger rate (simclr.py scales it), as in the paper's Figure 9.
+run, and lessons/temperature.png: cosine similarities of views of one image and of two for each tau,
+alignment and uniformity, top-1 against tau and against batch size. All figures are of validation
+images. With the epochs fixed a larger batch means fewer steps with a larger rate (simclr.py scales
+it), as in the paper's Figure 9.
 """
 
 import sys
@@ -31,8 +30,9 @@ import simclr
 from lessons import shared
 
 BINS = 100  # of cosine similarity, from -1 to 1
+CLAIM = "A small tau spreads z over the sphere, a large one lets views meet; the best is between"
 COLUMNS = ("tau batch_size seed epochs alignment uniformity spread rank_z rank_h linear_top1 "
-           "knn_top1 head_linear_top1 head_knn_top1").split()
+           "knn_top1 head_linear_top1 head_knn_top1 untrained_linear_top1").split()
 
 
 @torch.no_grad()
@@ -58,62 +58,85 @@ def measure(own, name, seed, options):
     net, data, run = shared.train(simclr, own, name, seed, options)
     row = vars(run.args) | run.rows[-1]
     row["tau"] = run.args.temperature
-    return row | similarities(net, data, run)
+    return row | shared.untrained(simclr, data, run) | similarities(net, data, run)
 
 
-def draw(whole, means, recipe):
-    """means: a row for each tau and batch size; recipe: the row in the middle of both sweeps."""
-    means = sorted(means, key=lambda row: (row["tau"], row["batch_size"]))
-    by_tau = [row for row in means if row["batch_size"] == recipe["batch_size"]]
-    by_batch = [row for row in means if row["tau"] == recipe["tau"]]
-    left, middle, right = whole.subfigures(1, 3, width_ratios=[1.1, 1, 0.9])
+def draw(whole, by_tau, by_batch):
+    """Both: a row for each value."""
+    left, middle, right = whole.subfigures(1, 3, width_ratios=[1.1, 1, 1])
     draw_similarities(left.subplots(len(by_tau), 1, sharex=True, squeeze=False)[:, 0], by_tau)
-    plane = middle.subplots()
-    plane.set(xlabel="uniformity (low: spread out)", ylabel="alignment (low: views agree)")
-    draw_plane(plane, "tau", by_tau, "bottom")
-    draw_plane(plane, "batch_size", by_batch, "top")
-    upper, lower = right.subplots(2, 1)
-    draw_top1(upper, "tau", by_tau)
-    draw_top1(lower, "batch_size", by_batch)
+    upper, lower = middle.subplots(2, 1, sharex=True)
+    for ax, key, meaning in ((upper, "uniformity", "low: spread out"),
+                             (lower, "alignment", "low: views agree")):
+        draw_sweep(ax, by_tau, "tau", {key: key})
+        ax.set(ylabel=f"{key}\n({meaning})")
+    lower.set(xlabel="tau")
+    for ax, rows, key in zip(right.subplots(2, 1), (by_tau, by_batch), ("tau", "batch_size")):
+        ax.set(xlabel=key.replace("_", " "), ylabel="top-1 of h, %")
+        if "linear_top1" in rows[0]:
+            draw_sweep(ax, rows, key, {"linear_top1": "linear", "knn_top1": "k-NN"})
+            shared.floor(ax, rows[0]["untrained_linear_top1"])
+            ax.legend(fontsize=8, loc="lower left")
 
 
 def draw_similarities(axes, rows):
     """Histograms of both kinds of pairs, in a panel for each tau."""
     centres = (torch.arange(BINS) + 0.5) * 2 / BINS - 1
     for ax, row in zip(axes, rows):
-        for kind in ("negative", "positive"):
-            ax.fill_between(centres, row[kind], alpha=0.5, label=f"{kind} pairs")
+        for kind, label in (("negative", "two images"), ("positive", "one image")):
+            ax.fill_between(centres, row[kind], alpha=0.5, label=label)
         ax.set(ylabel=f"tau {row['tau']:g}", yticks=[])
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, title="views of")
     axes[-1].set(xlabel="cosine similarity of two views", xlim=(-1, 1))
 
 
-def draw_plane(ax, key, rows, side):
-    """Alignment over uniformity along a sweep of key, which is written at this side of a point."""
-    x = [row["uniformity"] for row in rows]
-    y = [row["alignment"] for row in rows]
-    ax.plot(x, y, "o-", label=key.replace("_", " "), alpha=0.7)
-    for row, *place in zip(rows, x, y):
-        ax.annotate(f" {row[key]:g}", place, fontsize=8, va=side)
-    ax.legend(fontsize=8)
-
-
-def draw_top1(ax, key, rows):
-    values = [row[key] for row in rows]
-    for top1 in ("linear_top1", "knn_top1"):
-        if top1 in rows[0]:
-            ax.plot(values, [row[top1] for row in rows], "o-", label=top1[:-5])
-    ax.set(xlabel=key.replace("_", " "), ylabel="validation top-1, %", xscale="log")
+def draw_sweep(ax, rows, x, columns):
+    """Columns, key -> label, over x, which has a logarithmic scale."""
+    values = [row[x] for row in rows]
+    for key, label in columns.items():
+        ax.errorbar(values, [row[key] for row in rows], [row[f"{key}_sd"] for row in rows],
+                    fmt="o-", label=label, capsize=3)
+    ax.set_xscale("log")
     ax.set_xticks(values, values)
     ax.minorticks_off()
-    ax.legend(fontsize=8)
+
+
+def answer(by_tau):
+    """Does uniformity rise with tau and alignment fall, and is the best tau not at an end?"""
+    first, last = by_tau[0], by_tau[-1]
+    holds = shared.compare(first, last, "uniformity") < 0 < shared.compare(
+        first, last, "alignment")
+    text = (f"from tau {first['tau']:g} to {last['tau']:g} uniformity goes from "
+            f"{first['uniformity']:.1f} to {last['uniformity']:.1f}, alignment from "
+            f"{first['alignment']:.2f} to {last['alignment']:.2f}")
+    if "linear_top1" in first:
+        best = max(by_tau, key=lambda row: row["linear_top1"])
+        ends = [shared.compare(best, end, "linear_top1") > 0 for end in (first, last)]
+        holds = holds and all(ends)
+        text += f"; the linear probe is best at {best['tau']:g} ({best['linear_top1']:.1f} %)"
+        if not all(ends):
+            text += ", but not beyond the noise of an end"
+    return shared.answer(holds, text + ".")
+
+
+def report(own, rows, keys, recipe):
+    """The table and the figure of the runs until now; recipe: a row of both sweeps."""
+    shared.write_csv(f"{own.out}/temperature.csv", rows, keys)
+    means = shared.over_seeds(rows, ["tau", "batch_size"], [*keys[4:], "positive", "negative"])
+    means.sort(key=lambda row: (row["tau"], row["batch_size"]))
+    by_tau = [row for row in means if row["batch_size"] == recipe["batch_size"]]
+    by_batch = [row for row in means if row["tau"] == recipe["tau"]]
+    shared.figure(f"{own.out}/temperature.png", (12, 5.5), draw, by_tau, by_batch, claim=CLAIM,
+                  answer=answer(by_tau))
+    shared.show(means, ["tau", "batch_size", *keys[4:]])
 
 
 def main(argv=None):
     p = shared.parser(__doc__, "temperature", epochs=4)
-    p.add_argument("--taus", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.5, 1.0])
-    p.add_argument("--batch-sizes", type=int, nargs="*", default=[32, 128],
-                   help="at the recipe's tau, beside the recipe's batch size (32 128)")
+    p.add_argument("--taus", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.5, 2.0],
+                   help="(0.05 0.1 0.2 0.5 2)")
+    p.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 256],
+                   help="at the recipe's tau, beside the recipe's batch size (16 256)")
     own, options = p.parse_known_args(argv)
     rows = []
     for seed in range(own.seeds):
@@ -125,11 +148,8 @@ def main(argv=None):
         for size in own.batch_sizes:
             if size != recipe["batch_size"]:
                 rows.append(measure(own, f"batch {size}", seed, [*options, "--batch-size", size]))
-    keys = [k for k in COLUMNS if k in rows[0]]  # no top-1 without labels
-    shared.write_csv(f"{own.out}/temperature.csv", rows, keys)
-    means = shared.over_seeds(rows, ["tau", "batch_size"], [*keys[4:], "positive", "negative"])
-    shared.figure(f"{own.out}/temperature.png", (14, 6), draw, means, recipe)
-    shared.show(means, ["tau", "batch_size", *keys[4:]])
+        keys = [k for k in COLUMNS if k in rows[0]]  # no top-1 without labels
+        report(own, rows, keys, recipe)
 
 
 if __name__ == "__main__":

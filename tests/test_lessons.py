@@ -1,6 +1,7 @@
 """Every lesson once, on next to nothing: it runs and writes its table and its figure."""
 
 import csv
+import functools
 import importlib
 import json
 import math
@@ -37,20 +38,25 @@ def written(folder, name):
 
 @pytest.mark.parametrize("name, rows, own", [
     ("head", 3, "--batch-size 40"),
+    ("competing", 2, "--batch-size 20 --bits 2"),
+    ("circle", 2, "--batch-size 40"),
     ("augmentations", 2, "--batch-size 40"),
     ("temperature", 2, "--batch-size 40 --taus 0.2 1 --batch-sizes 40"),
-    ("collapse", 2, "--batch-size 40"),
+    ("byol_collapse", 2, "--batch-size 40"),
     ("dino_collapse", 2 * 2, "--batch-size 20 --every 1"),
     ("teacher", 3 * 2, "--batch-size 40"),
     ("moco_bn_leak", 2, "--batch-size 40 --splits 1 2"),
-    ("moco_steps-ms", 1, "--batch-size 40 --ms 0.9"),
+    ("moco_momentum", 1, "--batch-size 40 --ms 0.9"),
+    ("moco_queue", 1, "--batch-size 40 --queues 40"),
+    ("moco_steps", 2, "--batch-size 40"),
     ("pretext_tasks", 3 + 1, "--tasks patch"),
 ])
 def test_lesson(tmp_path, monkeypatch, name, rows, own):
-    module = lesson(name.split("-")[0])
-    for table in {"RUNS", "COMPOSITIONS"} & vars(module).keys():
+    module = lesson(name)
+    for table in {"RUNS", "ROWS"} & vars(module).keys():
         first, *_, last = getattr(module, table).items()
         monkeypatch.setattr(module, table, dict([first, last]))  # the others take as long again
+    monkeypatch.setattr(module, "PAIRS", [("crop", "crop"), ("crop", "colour")], raising=False)
     module.main([*TINY, "--seeds", "1", *own.split(), "--runs", str(tmp_path / "runs"), "--out",
                  str(tmp_path)])
     found = written(tmp_path, name)
@@ -58,7 +64,7 @@ def test_lesson(tmp_path, monkeypatch, name, rows, own):
 
 
 @pytest.mark.parametrize("method, table", [
-    (simclr, lesson("augmentations").COMPOSITIONS), (byol, lesson("collapse").RUNS),
+    (byol, lesson("byol_collapse").RUNS),
     (dino, lesson("dino_collapse").RUNS),
     (pretext, {k: v.split() for k, v in lesson("pretext_tasks").GUARDS.items()})])
 def test_runs_differ(method, table):
@@ -66,11 +72,93 @@ def test_runs_differ(method, table):
     assert all(a != b for i, a in enumerate(made) for b in made[:i])
 
 
+def test_marks(tmp_path):
+    """By hand; and the same image has the same mark in training and evaluation."""
+    module = lesson("competing")
+    rust, turned = torch.tensor([0.8, 0.4, 0.3]), torch.tensor([0.3, 0.7, 0.8])
+    x = rust.view(1, 3, 1, 1).expand(8, 3, 2, 2)
+    found = module.mark(x, torch.arange(8), 3)[:, :, 0, 0]
+    assert torch.allclose(found[[0, 4]], torch.stack([rust, turned]), atol=1e-6)
+    assert torch.allclose(found[[1, 5]], torch.stack([1 - rust, 1 - turned]), atol=1e-6)
+    assert len(found.mul(100).round().unique(dim=0)) == 8
+    assert torch.allclose(module.mark(x, torch.zeros(8, dtype=torch.long), 0), x)
+
+    class Ground(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1).median(1, keepdim=True).values, x
+
+    argv = [*TINY, "--limit", 200, "--batch-size", 50, "--out", tmp_path]
+    _, data, run = train(simclr, argv, functools.partial(module.MarkedRun, 1))
+    plain = common.toys(200, 16, seed=0)[0]
+    inverted = run.marks == 1
+    assert 50 < inverted.sum() < 150
+    assert (data.train.pixels[inverted].int() - 255 + plain[inverted].int()).abs().max() <= 1
+    assert (data.train.pixels[~inverted].int() - plain[~inverted].int()).abs().max() <= 1
+    assert module.marks_from(Ground(), simclr, data, run) == 100
+
+
+def test_hidden_factors(tmp_path):
+    """Planted: a goal in the features and one that is not; and the place of what is bright."""
+    module, g = lesson("head"), torch.Generator().manual_seed(0)
+    x, other = torch.randn(300, 4, generator=g), torch.randn(300, 1, generator=g)
+    y = torch.cat([x @ torch.randn(4, 1, generator=g) + 3, other], 1)
+    found = module.r2((x[:200], y[:200]), (x[200:], y[200:]))
+    assert found[0] > 0.999 and found[1] < 0.1
+
+    class Place(torch.nn.Module):
+        def forward(self, x):
+            bright = (x.mean(1) - 0.5).clamp(min=0)  # (n, H, W)
+            column = torch.linspace(-1, 1, x.shape[3])
+            h = (bright * column).sum((1, 2)) / bright.sum((1, 2))
+            return h[:, None], torch.zeros(len(x), 1)
+
+    argv = [*TINY, "--limit", 200, "--batch-size", 50, "--out", tmp_path]
+    _, data, run = train(simclr, argv)
+    scores = module.hidden_factors(Place(), data, run)
+    assert scores["h_x"] > 0.7 and max(scores["h_y"], scores["z_x"]) < 0.1
+
+
+def test_added_augmentations(tmp_path):
+    """Turned images are turned, all four ways; what is added is what the loss sees."""
+    module, x = lesson("augmentations"), draw(40, 3, 5, 5, dtype=torch.float32)
+    turned = module.turn(x)
+    ways = [[torch.equal(a, b.rot90(k, (1, 2))) for k in range(4)] for a, b in zip(turned, x)]
+    assert all(sum(way) == 1 for way in ways) and all(map(any, zip(*ways)))
+    kind = functools.partial(module.AddedRun, [torch.zeros_like])
+    _, _, run = train(simclr, [*TINY, "--batch-size", 20, "--out", tmp_path], kind)
+    assert run.rows[-1]["loss"] == pytest.approx(math.log(2 * 20 - 1), abs=1e-4)
+
+
+def test_answers():
+    """Yes where the rows show the claim beyond the noise, and only there."""
+    def row(**figures):
+        return {"seeds": 3} | figures | {f"{k}_sd": 1.0 for k in figures}
+
+    answer = lesson("moco_momentum").answer
+    for last, holds in ((90, "Yes"), (51, "Not")):
+        rows = [row(m=m, linear_top1=v, knn_top1=v) for m, v in ((0, 50), (0.9, last), (0.99, 40))]
+        assert answer(rows).startswith(holds)
+    answer = lesson("byol_collapse").answer
+    for spread, knn, holds in ((0.01, 20, "Yes"), (0.5, 20, "Not"), (0.01, 60, "Not")):
+        rows = [row(loss=20, spread=0.9, knn_top1=60) | {"run": "BYOL", "epoch": 4},
+                row(loss=2, spread=spread, knn_top1=knn) | {"run": "no predictor", "epoch": 4}]
+        assert answer(rows).startswith(holds)
+    answer = lesson("temperature").answer
+    for middle, holds in ((90, "Yes"), (71, "Not")):
+        rows = [row(tau=t, uniformity=u, alignment=a, linear_top1=v)
+                for t, u, a, v in ((0.1, -30, 9, 70), (0.2, -20, 5, middle), (1, -10, 1, 60))]
+        assert answer(rows).startswith(holds)
+    answer = lesson("competing").answer
+    for marked, holds in ((50, "Yes"), (89, "Not")):
+        rows = [row(linear_top1=v) | {"method": "DINO", "bits": b}
+                for b, v in ((0, 90), (1, marked))]
+        assert answer(rows).startswith(holds)
+
+
 def test_moco_rows():
     """Each row of the slide switches on what it names; v1 is --v1."""
     module = lesson("moco_steps")
-    todo = module.cases(SimpleNamespace(queues=None, ms=None))
-    made = {row: vars(completed(moco, flags)) for row, (flags, _) in todo.items()}
+    made = {row: vars(completed(moco, module.flags(on))) for row, (on, _) in module.ROWS.items()}
     v1, a, b, c, d = made.values()
 
     def changed(x, y):
@@ -133,7 +221,7 @@ def test_compare():
 
 def test_floor(tmp_path):
     """What the floor scores is not what the trained network does, and what evaluate says of it."""
-    argv = [*TINY, "--limit", 80, "--batch-size", 20, "--epochs", 4, "--out", tmp_path]
+    argv = [*TINY, "--batch-size", 20, "--epochs", 2, "--out", tmp_path]
     net, data, run = train(simclr, argv)
     net.load_state_dict(simclr.build(run.args).state_dict())
     found = shared.untrained(simclr, data, run)
@@ -144,8 +232,9 @@ def test_floor(tmp_path):
 def test_what_a_lesson_cannot_use(tmp_path, capsys):
     argv = [*TINY, *"--batch-size 40 --arch convnet --stem 7x7 --runs".split(), tmp_path / "runs"]
     assert "--eval" in refused("head", capsys, *argv, "--eval", "last.pt")
-    folder = folder_of(40, tmp_path / "images")
-    assert "no labels" in refused("head", capsys, *argv, "--dataset", folder)
+    assert "toys" in refused("head", capsys, *argv, "--dataset", "cifar10")
+    argv += ["--dataset", folder_of(40, tmp_path / "images")]
+    assert "no labels" in refused("moco_queue", capsys, *argv, "--bn-splits", 2)
 
 
 def test_dinov2_table(tmp_path, monkeypatch, capsys):
