@@ -162,8 +162,18 @@ def per_patch(maps, patch):
     return F.avg_pool2d(maps.float().unsqueeze(1), patch).squeeze(1)
 
 
+def pixels(x, patch, step):
+    """The pixels of a patch around each square of `step` pixels: (N, 3, S, S) -> (N, S / step,
+    S / step, 3 patch^2)."""
+    before = (patch - step) // 2
+    side = x.shape[-1] // step
+    x = F.pad(x, (before, patch - step - before) * 2, mode="replicate")
+    return F.unfold(x, patch, stride=step).mT.unflatten(1, (side, side))
+
+
 def most(parts, patch):
-    """The part that most of a square is of, 0 for the background: (N, S, S) -> (N, S / P, S / P)."""
+    """The part that shows most in a square, 0 for the background: (N, S, S) -> (N, S / P, S / P).
+    """
     numbers = range(int(parts.max()) + 1)
     return torch.stack([per_patch(parts == k, patch) for k in numbers]).argmax(0)
 

@@ -53,16 +53,6 @@ COLOURS = torch.tensor([  # of the background and ten classes
     [140, 86, 75], [227, 119, 194], [160, 160, 160], [188, 189, 34], [23, 190, 207]]) / 255
 
 
-def pixels(x, patch, step):
-    """The pixels of a patch around each square of `step` pixels: (N, 3, S, S) -> (N, S / step,
-    S / step, 3 patch^2)."""
-    before = (patch - step) // 2
-    x = F.pad(x, (before, patch - step - before) * 2, mode="replicate")
-    patches = F.unfold(x, patch, stride=step).mT
-    side = int(patches.shape[1] ** 0.5)
-    return patches.unflatten(1, (side, side))
-
-
 def enlarge(maps, size):
     """(N, C, h, w) -> (N, C, size, size), bilinear."""
     return F.interpolate(maps, size=(size, size), mode="bilinear")
@@ -166,7 +156,7 @@ def predictions(net, images, seed, run):
     found = {}
     for name, f in ((OURS, lambda x: checkpoint.tokens(net, x, run)[1]),
                     (RANDOM, lambda x: checkpoint.tokens(other, x, run)[1]),
-                    (PIXELS, lambda x: pixels(x, patch, step))):
+                    (PIXELS, lambda x: checkpoint.pixels(x, patch, step))):
         features = f(x)
         found[name] = linear(features[:n], shares[:n], depth[:n], features[n:], size)
     for name, part in ((PLACE, slice(0, n)), (TRUTH, slice(n, None))):

@@ -83,9 +83,7 @@ def patches_without_network(x, patch, step):
     """What can be had without a network of each square of `step` pixels, the middle of a patch:
     (N, 3, S, S) -> name -> (N, h, w, D)."""
     side = x.shape[-1] // step
-    before = (patch - step) // 2
-    wide = F.pad(x, (before, patch - step - before) * 2, mode="replicate")
-    pixels = F.unfold(wide, patch, stride=step).mT.unflatten(1, (side, side))
+    pixels = checkpoint.pixels(x, patch, step)
     line = torch.linspace(-1, 1, side)
     places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
     return {
@@ -140,13 +138,13 @@ def measure(nets, x, labels, parts, run):
 
 
 def pictures(x, h, tokens, labels, chosen):
-    """Columns of the figure: title -> (n, ...)."""
+    """Columns of the figure: title -> (n, ...). chosen: label -> name."""
     columns = {}
-    for label in chosen:
+    for label, name in chosen.items():
         of = (labels == label).nonzero().squeeze(1)[:SHOWN]
-        columns[f"class {label}"] = x[of]
+        columns[name] = x[of]
         kept = foreground(tokens[of])
-        columns[f"components of {label}"] = colours(tokens[of], kept).movedim(3, 1)
+        columns[f"{name}, components"] = colours(tokens[of], kept).movedim(3, 1)
     columns["any image"] = x[:SHOWN]
     for k, column in enumerate(nearest(h, NEAREST)[:SHOWN].T, 1):
         columns[f"nearest {k}"] = x[column]
@@ -182,6 +180,8 @@ def main(argv=None):
     chosen = own.labels or labels.unique()[:2].tolist()
     if not set(chosen) <= set(labels.tolist()):
         common.fail(f"--labels {chosen}: the {len(x)} images are not of all these classes")
+    things = dict(enumerate(common.THINGS)) if rows else {}
+    chosen = {label: things.get(label, f"class {label}") for label in chosen}
     columns = pictures(x, *checkpoint.tokens(net, x, run), labels, chosen)
     if not rows:
         shape = (1.4 * len(columns), 1.5 * SHOWN)

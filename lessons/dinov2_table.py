@@ -62,6 +62,7 @@ ROWS = {  # -> {option: values}, the slide's k-NN and linear top-1
     "+ untied heads = DINOv2": ({"tied_heads": False}, 82.0, 84.5),
 }
 TOP1 = ("knn_top1", "linear_top1")
+CLAIM = "Between iBOT and DINOv2 stand ten changes, and most of them help"
 FREE = "out resume device data_dir workers memory_limit".split()  # may change between the parts
 
 
@@ -119,6 +120,17 @@ def difference(now, above):
     return change, error, "within noise" if abs(change) < 2 * error or change == 0 else ""
 
 
+def answer(table):
+    """How many rows change something."""
+    words = []
+    for key in TOP1:
+        columns = [row[key] for row in table.values()]
+        words += [difference(now, above)[2] for above, now in zip(columns, columns[1:])]
+    beyond = words.count("")
+    return shared.answer(beyond > 2, f"{beyond} of {len(words)} differences to the row above are "
+                         "two standard errors or more; about two would be by chance.")
+
+
 def draw(whole, means, epochs):
     """means: a row for each of ROWS."""
     left, right = whole.subplots(1, 2)
@@ -168,10 +180,11 @@ def main(argv=None):
     keys = ["row", "seed", "epochs", *chosen, *TOP1, "seconds", "rank_h", "spread"]
     shared.write_csv(f"{own.out}/dinov2_table.csv", rows, keys)
     means = shared.over_seeds(rows, ["row"], TOP1)
-    shared.figure(f"{own.out}/dinov2_table.png", (11, 5), draw, means, found["epochs"])
     table = {}
     for row in ROWS:
         table[row] = {key: [r[key] for r in rows if r["row"] == row] for key in TOP1}
+    shared.figure(f"{own.out}/dinov2_table.png", (11, 6), draw, means, found["epochs"],
+                  claim=CLAIM, answer=answer(table))
     show(table)
     return table
 

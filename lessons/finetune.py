@@ -43,6 +43,7 @@ from lessons import checkpoint, shared
 
 SHARES = (1.0, 0.1, 0.01)
 STARTS = ("fine-tuned", "from random", "frozen")
+CLAIM = "A backbone that was learned without labels needs fewer of them later"
 
 
 def subset(labels, pool, share, seed):
@@ -128,15 +129,24 @@ def compare(net, meta, data, share, seed, run):
     return rows
 
 
-def draw(whole, means, title):
+def draw(whole, means, title, classes):
     """means: a row for each share and start."""
     ax = whole.subplots()
-    for start in STARTS:
-        line = [row for row in means if row["start"] == start]
-        columns = [[row[k] for row in line] for k in ("labels", "test_top1", "test_top1_sd")]
-        ax.errorbar(*columns, fmt="o-", capsize=3, label=start)
-    ax.set(xscale="log", xlabel="labels", ylabel="test top-1, %", title=title)
+    shared.lines(ax, sorted(means, key=lambda row: row["labels"]), "start", "labels", "test_top1")
+    shared.floor(ax, 100 / classes, "chance")
+    ax.set(xscale="log", ylabel="test top-1, %", title=title)
     ax.legend()
+
+
+def answer(means):
+    """Of the fewest labels."""
+    fewest = min(row["labels"] for row in means)
+    few = {row["start"]: row for row in means if row["labels"] == fewest}
+    best = max((few[start] for start in ("fine-tuned", "frozen")), key=lambda row: row["test_top1"])
+    parts = [f"{start} {row['test_top1']:.0f} ± {row['test_top1_sd']:.0f} %"
+             for start, row in few.items()]
+    return shared.answer(shared.compare(best, few["from random"], "test_top1") > 0,
+                         f"with {fewest} labels {', '.join(parts)}.")
 
 
 def main(argv=None):
@@ -165,8 +175,10 @@ def main(argv=None):
                 rows += compare(net, meta, data, share, seed, run)
     shared.write_csv(f"{own.out}/finetune.csv", rows, [*rows[0]])
     means = shared.over_seeds(rows, ["share", "labels", "start"], ["test_top1"])
-    title = f"{args.dataset}, backbone of {meta['dataset']}"
-    shared.figure(f"{own.out}/finetune.png", (5, 4), draw, means, title)
+    title = f"{Path(args.dataset).name}, backbone of {Path(meta['dataset']).name}"
+    classes = 1 + int(data.train.labels.max())
+    shared.figure(f"{own.out}/finetune.png", (7, 5), draw, means, title, classes, claim=CLAIM,
+                  answer=answer(means))
     return rows
 
 

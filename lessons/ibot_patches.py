@@ -40,7 +40,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
 import ibot
 from lessons import checkpoint, shared
-from lessons.dinov2_dense import pixels
 
 CLAIM = "Patch tokens find the same place in another view and the same part in another thing"
 OURS, RANDOM, PIXELS, PAIRS = "iBOT", "random weights", "pixels", "random pairs"
@@ -155,10 +154,11 @@ def measure(net, x, labels, parts, seed, run):
     part = alike(parts[a], parts[b], step) if known else place[a] * math.nan
     args = argparse.Namespace(**vars(run.args) | {"seed": seed})
     other = checkpoint.refine(ibot.build(args), patch // step)
+    grey = x.mean()
     rows, shown = [], {}
     for name, f in ((OURS, lambda x: checkpoint.tokens(net, x, run)[1]),
                     (RANDOM, lambda x: checkpoint.tokens(other, x, run)[1]),
-                    (PIXELS, lambda x: pixels(x, patch, step) - pixels(x, patch, step).mean())):
+                    (PIXELS, lambda x: checkpoint.pixels(x - grey, patch, step))):
         in_views = [mutual(*pair) for pair in zip(f(views[0]), f(views[1]))]
         tokens = f(x)
         in_images = [mutual(tokens[i], tokens[j]) for i, j in zip(a, b)]
@@ -200,7 +200,7 @@ def answer(means, count):
     """count: of checkpoints."""
     ours, *others = means
     parts, holds = [], True
-    for key in KEYS[3:]:
+    for key in [key for key in KEYS[3:] if not math.isnan(ours[key])]:
         best = max(others, key=lambda row: row[key])
         holds = holds and shared.compare(ours, best, key) > 0
         parts.append(f"{ours[key]:.0f} % of the {key.replace('_', ' ')}, by {best['features']} "
