@@ -8,8 +8,9 @@ The token has to say the same of every crop of an image, and what the crops shar
 object; a supervised token needs only as much of the object as tells its class.
 
     python dino.py --epochs 100
-    python lessons/attention.py runs/dino-toys-s0/last.pt
-    python lessons/attention.py runs/dino-toys-s*/last.pt --finer 4
+    for seed in 0 1 2; do python benchmarks/supervised.py dino --seed $seed; done
+    python lessons/attention.py runs/dino-toys-s0/last.pt \\
+        --supervised runs/supervised-dino-toys-s*/backbone.pt
     python lessons/attention.py dino_deitsmall8_pretrain.pth --patch-size 8 --finer 1 --dataset PATH
 
 CHECKPOINT: last.pt or backbone.pt of dino.py, or a released file; or several, for different seeds.
@@ -18,20 +19,18 @@ given is as in the run. Images are whole central squares: of `toys` new ones, of
 validation images, never of the test set.
 
 Writes lessons/attention.png and, on `toys`, where the objects are known, lessons/attention.csv.
-Beside the checkpoint stand the same network with random weights and trained with labels on the
-images that the checkpoint had, three times with other images and weights (several checkpoints take
-turns). The paper takes the best head of every image; this small network has three heads, in which
-the attention of a random one is a fixed blot near the middle, and the best of three blots is a good
-guess. So the attention is averaged over the heads; the best head of every image is in the CSV.
+Beside the checkpoint stand the same network with random weights and trained with labels, three
+times with other images and weights (several files of a kind take turns). The paper takes the best
+head of every image; this small network has three, and the attention of a random one is a fixed blot
+near the middle: the best of three blots is a good guess. So the attention is averaged over the
+heads; the best head of every image is in the CSV.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -91,43 +90,6 @@ def jaccard(found, truth):
     return both / either.clamp(min=1)
 
 
-def supervised(data, epochs, seed, run):
-    """The same network trained with labels on the images that dino.py had but for those of the
-    validation: crops and flips, AdamW, half a cosine."""
-    args = argparse.Namespace(**vars(run.args) | {"seed": seed})
-    images, index = data.fit
-    labels = images.labels.to(run.device)
-    net = dino.build(args)
-    net.classifier = nn.Linear(net.backbone.dim, 1 + int(labels.max()))
-    net.to(run.device)
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
-    crop = [common.Crop(args.image_size, (0.5, 1.0), ratio=(3 / 4, 4 / 3))]
-    batch = min(64, len(index))
-    per_epoch = len(index) // batch
-    steps = epochs * per_epoch
-    step = 0
-    for epoch in range(epochs):
-        mix = torch.Generator().manual_seed(args.seed * 2**20 + epoch)
-        order = index[torch.randperm(len(index), generator=mix)][: per_epoch * batch]
-        seed = (args.seed, epoch)
-        for (x,), i in common.batches(images, order, batch, crop, run.device, seed=seed):
-            lr = 1e-3 * min(1, (step + 1) / max(steps // 10, 1))  # a tenth of warm-up
-            lr = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = lr
-            h = net(common.flip(x, p=0.5))[0]
-            loss = F.cross_entropy(net.classifier(h), labels[i])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-    net.eval()
-    crop = [common.Crop(args.image_size, 1.0)]
-    s, y = common.embed(lambda views: [net.classifier(net(*views)[0])], data.val, crop, run)
-    correct = s.argmax(1) == y
-    print(f"supervised: {100 * correct.float().mean():.1f} % on validation images")
-    return net
-
-
 def measure(net, x, truth, mass):
     """Images (n, 3, S, S) and objects (n, S, S) bool -> figures of a row in %, and the masks of the
     mean over the heads (n, S, S)."""
@@ -170,9 +132,11 @@ def main(argv=None):
     p = checkpoint.parser(__doc__)
     p.add_argument("--shown", **common.FROM_1, default=5, help="in the picture (5)")
     p.add_argument("--mass", **common.SHARE, default=0.6, help="of attention in a mask (0.6)")
-    p.add_argument("--supervised-epochs", **common.FROM_0, default=12, help="0: not (12)")
+    p.add_argument("--supervised", nargs="+", metavar="FILE", default=[],
+                   help="backbone.pt of benchmarks/supervised.py dino")
     own, options = p.parse_known_args(argv)
-    trained = [checkpoint.load(dino, own, options, path) for path in own.checkpoints]
+    trained, labelled = ([checkpoint.load(dino, own, options, path) for path in paths]
+                         for paths in (own.checkpoints, own.supervised))
     rows = []
     for seed in range(own.seeds):
         net, data, run = trained[seed % len(trained)]
@@ -181,9 +145,8 @@ def main(argv=None):
             break
         args = argparse.Namespace(**vars(run.args) | {"seed": seed})
         nets = {RANDOM: checkpoint.refine(dino.build(args).to(run.device), own.finer)}
-        if own.supervised_epochs:
-            other = supervised(data, own.supervised_epochs, seed, run)
-            nets[SUPERVISED] = checkpoint.refine(other, own.finer)
+        if labelled:
+            nets[SUPERVISED], *_ = labelled[seed % len(labelled)]
         found = {}
         for name, f in (nets | {DINO: net}).items():
             figures, found[name] = measure(f, x, parts > 0, own.mass)

@@ -39,7 +39,6 @@ CLAIM = "Without labels: patches of the same part of another thing are neighbour
 OURS, RANDOM = "DINOv2", "random weights"
 SHOWN = 5
 NEAREST = 3
-KEYS = ["features", "seed", "same_part", "foreground_jaccard", "same_class_of_5"]
 
 
 def components(x, k):
@@ -107,34 +106,17 @@ def knn_by_part(features, parts, k=20):
     return 100 * (torch.cat(found) == truth).float().mean().item()
 
 
-def overlap(patches, labels, parts):
-    """Mean Jaccard similarity in % of the foreground and the object, by PCA of each class."""
-    scores = []
-    for label in labels.unique():
-        of = labels == label
-        found = F.interpolate(foreground(patches[of]).unsqueeze(1).float(), parts.shape[1:])[:, 0]
-        truth = (parts[of] > 0).float()
-        both = (found * truth).sum((1, 2))
-        scores.append(both / (found + truth).clamp(max=1).sum((1, 2)).clamp(min=1))
-    return 100 * torch.cat(scores).mean().item()
-
-
 def measure(nets, x, labels, parts, run):
-    """Rows for networks by name, and for features without one; parts: (N, S, S)."""
+    """Rows for networks by name, and for features without one. parts: (N, S, S)."""
     patch, step = run.args.patch_size, nets[OURS].backbone.patch_size
     known = checkpoint.most(parts, step)
     known = torch.where(known > 0, 10 * labels.view(-1, 1, 1) + known, 0)  # a part of a thing
-    rows = []
+    found = {}
     for name, net in nets.items():
-        h, tokens = checkpoint.tokens(net, x, run)
-        same = labels[nearest(h, 5)] == labels.unsqueeze(1)
-        rows.append({"features": name, "same_part": knn_by_part(F.normalize(tokens, dim=-1), known),
-                     "foreground_jaccard": overlap(tokens, labels, parts),
-                     "same_class_of_5": 100 * same.float().mean().item()})
-    for name, features in patches_without_network(x, patch, step).items():
-        rows.append({"features": name, "same_part": knn_by_part(features, known),
-                     "foreground_jaccard": "", "same_class_of_5": ""})
-    return rows
+        found[name] = F.normalize(checkpoint.tokens(net, x, run)[1], dim=-1)
+    found |= patches_without_network(x, patch, step)
+    return [{"features": name, "same_part": knn_by_part(features, known)}
+            for name, features in found.items()]
 
 
 def pictures(x, h, tokens, labels, chosen):
@@ -186,7 +168,7 @@ def main(argv=None):
     if not rows:
         shape = (1.4 * len(columns), 1.5 * SHOWN)
         return shared.figure(f"{own.out}/dinov2_features.png", shape, draw, columns, [])
-    shared.write_csv(f"{own.out}/dinov2_features.csv", rows, KEYS)
+    shared.write_csv(f"{own.out}/dinov2_features.csv", rows, ["features", "seed", "same_part"])
     means = shared.over_seeds(rows, ["features"], ["same_part"])
     ours, *others = means
     best = max(others, key=lambda row: row["same_part"])

@@ -1,9 +1,9 @@
-"""Hidden blocks, and parts that find each other: what patch tokens are taught and learn (iBOT).
+"""Parts that find each other: patch tokens of two views, and of two things (iBOT).
 
-Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iBOT)", the masked
-student. Paper, Appendix G.3, "Sparse correspondence": patch tokens of two views of an image, or of
-two images of a class, are matched. Here those are that are each other's nearest by cosine; shown
-and counted are the twelve with the highest cosine (paper: with the highest self-attention).
+Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iBOT)". Paper,
+Appendix G.3, "Sparse correspondence": patch tokens of two views of an image, or of two images of a
+class, are matched. Here those are that are each other's nearest by cosine; shown and counted are
+the twelve with the highest cosine (paper: with the highest self-attention).
 
 A single hidden patch can be guessed from its neighbours; of a hidden block one has to know what it
 is part of. So a token is drawn to say which part of what it shows, and the same part elsewhere is
@@ -17,15 +17,13 @@ CHECKPOINT: last.pt or backbone.pt of ibot.py, or a released file; or several, f
 Options that are not listed in --help are those of ibot.py (--device, --patch-size); what is not
 given is as in the run.
 
-Writes lessons/ibot_patches.csv and lessons/ibot_patches.png: above, an image as the student gets
-it, with hidden blocks and with hidden single patches ("rand" in the released code); below, matched
-patches, and how many matches are right, three times for other images (several checkpoints take
-turns). The views are crops of 40 to 100 % of the area, one mirrored, in other colours: which place
-of one is which of the other is known. On `toys` so are the parts, and counted are matches of
-patches that show one. Beside iBOT's tokens stand those of the untrained network, the patches'
-pixels, and random pairs: every patch of the one with every patch of the other. Images are whole
-central squares: of `toys` new ones, of other sets validation images, of a folder without labels
-all.
+Writes lessons/ibot_patches.csv and lessons/ibot_patches.png: matched patches, and how many matches
+are right, three times for other images (several checkpoints take turns). The views are crops of 40
+to 100 % of the area, one mirrored, in other colours: which place of one is which of the other is
+known. On `toys` so are the parts, and matches of patches that show a thing are counted. Beside
+iBOT's tokens stand those of the untrained network, the patches' pixels, and random pairs: every
+patch of the one with every patch of the other. Images are whole central squares: of `toys` new
+ones, of other sets validation images, of a folder without labels all.
 """
 
 import argparse
@@ -107,29 +105,6 @@ def share(good, found=None):
     return 100 * good.nanmean().item()
 
 
-def hidden(x, side, ratio):
-    """Columns of the figure, title -> (1, 3, S, S): the image x as the student gets it, a share of
-    its patches grey."""
-    columns = {"image": x}
-    for title, make in (("hidden blocks", ibot.block_mask), ("hidden patches", ibot.random_mask)):
-        mask = make(side, side, ratio, torch.Generator().manual_seed(1))
-        mask = F.interpolate(mask[None, None].float(), x.shape[2:])
-        columns[title] = torch.where(mask > 0, 0.6, x)
-    return columns
-
-
-def two_views(x, parts):
-    """Views of images (N, 3, S, S) and their parts (N, S, S): 2 x (N, 3, S, S), 2 x (N, S, S), and
-    where they were cut."""
-    boxes, mirrored = draw_views(len(x), x.shape[-1])
-    views, cuts = [], []
-    for view in zip(boxes, mirrored):
-        views.append(common.color_jitter(cut(x, *view), 0.4, 0.4, 0.2, 0.1, p=0.8))
-        on = cut((parts > 0).float().unsqueeze(1), *view)
-        cuts.append(on[:, 0].round())
-    return views, cuts, (boxes, mirrored)
-
-
 def two_images(labels):
     """Index of images (M,) and of others (M,) of the same class."""
     order = labels.argsort(stable=True)
@@ -144,14 +119,17 @@ def measure(net, x, labels, parts, seed, run):
     """Rows, by features; and pairs to be shown, by title: images, matches, which are good."""
     patch, step = run.args.patch_size, net.backbone.patch_size
     common.reseed(seed)
-    known = parts is not None
-    parts = parts if known else torch.ones_like(x[:, 0])
-    views, cuts, where = two_views(x, parts)
+    boxes, mirrored = draw_views(len(x), x.shape[-1])
+    views = [common.color_jitter(cut(x, *view), 0.4, 0.4, 0.2, 0.1, p=0.8)
+             for view in zip(boxes, mirrored)]
+    place = near(boxes, mirrored, x.shape[-1] // step).float()
     a, b = two_images(labels)
-    place = near(*where, x.shape[-1] // step).float()
-    on = checkpoint.most(cuts[0], step).flatten(1).unsqueeze(2) > 0
-    place = torch.where(on, place, math.nan)
-    part = alike(parts[a], parts[b], step) if known else place[a] * math.nan
+    part = place[a] * math.nan  # not known
+    if parts is not None:
+        part = alike(parts[a], parts[b], step)
+        things = cut((parts > 0).float().unsqueeze(1), boxes[0], mirrored[0])[:, 0]
+        things = checkpoint.per_patch(things, step).flatten(1) > 0.5
+        place = torch.where(things.unsqueeze(2), place, math.nan)
     args = argparse.Namespace(**vars(run.args) | {"seed": seed})
     other = checkpoint.refine(ibot.build(args), patch // step)
     grey = x.mean()
@@ -173,12 +151,10 @@ def measure(net, x, labels, parts, seed, run):
     return rows, shown
 
 
-def draw(whole, columns, shown, means, side):
-    """Masks and matched patches, lime where they are right; means: a row for each features."""
-    left, right = whole.subfigures(1, 2, width_ratios=[1.5, 1])
-    top, below = left.subfigures(2, 1)
-    checkpoint.grid(top, columns)
-    for ax, (title, (a, b, found, good)) in zip(below.subplots(1, 2), shown.items()):
+def draw(whole, shown, means, side):
+    """Matched patches, lime where they are right; means: a row for each kind of features."""
+    left, right = whole.subfigures(1, 2, width_ratios=[1.2, 1])
+    for ax, (title, (a, b, found, good)) in zip(left.subplots(2, 1), shown.items()):
         picture = torch.cat([a, b], 2).movedim(0, -1)
         ax.imshow(picture, extent=(0, 2 * side, side, 0))
         ax.set_title(title, fontsize=9)
@@ -220,9 +196,8 @@ def main(argv=None):
         rows += [row | {"seed": seed} for row in found]
     shared.write_csv(f"{own.out}/ibot_patches.csv", rows, KEYS)
     means = shared.over_seeds(rows, ["features"], KEYS[3:])
-    columns = hidden(x[:1], x.shape[-1] // run.args.patch_size, run.args.mask_ratio[1])
     side = x.shape[-1] // net.backbone.patch_size
-    shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, columns, shown, means, side,
+    shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, shown, means, side,
                   claim=CLAIM, answer=answer(means, len(trained)))
     shared.show(means, ["features", *KEYS[3:]])
     return rows

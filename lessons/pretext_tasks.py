@@ -104,11 +104,11 @@ def train_with_labels(net, data, args, run):
 def draw(whole, means, epochs):
     """means: a row for each network, the floors and the ceiling among them."""
     left, right = whole.subplots(2, 1, sharex=True)
+    tasks = [row for row in means if row["name"] not in FLOORS]
     for ax, key, label in ((left, "linear_top1", "linear"), (right, "knn_top1", "k-NN")):
-        shared.bars(ax, [row for row in means if row["name"] not in FLOORS], "name", {key: ""})
-        for row in means:
-            if row["name"] in FLOORS:
-                shared.floor(ax, row[key], FLOORS[row["name"]])
+        shared.bars(ax, tasks, "name", {key: ""})
+        for row in means[: len(FLOORS)]:
+            shared.floor(ax, row[key], FLOORS[row["name"]])
         ax.set(ylabel=f"{label} top-1 of h, %")
     right.tick_params("x", rotation=30)
     right.set(xlabel=f"after {epochs} epochs")
