@@ -171,6 +171,19 @@ def pixels(x, patch, step):
     return F.unfold(x, patch, stride=step).mT.unflatten(1, (side, side))
 
 
+def kinds_of_features(method, name, net, seed, run):
+    """What patches are described by: name -> f, images (N, 3, S, S) -> (N, h, w, D). By the tokens
+    of a network called `name`, by those of one with random weights, and by the patches' pixels."""
+    patch, step = run.args.patch_size, net.backbone.patch_size
+    args = Namespace(**vars(run.args) | {"seed": seed})
+    other = refine(method.build(args), patch // step)
+    return {
+        name: lambda x: tokens(net, x, run)[1],
+        "random weights": lambda x: tokens(other, x, run)[1],
+        "pixels": lambda x: pixels(x, patch, step),
+    }
+
+
 def most(parts, patch):
     """The part that shows most in a square, 0 for the background: (N, S, S) -> (N, S / P, S / P).
     """

@@ -25,12 +25,10 @@ its mean depth. Departures from the paper: no mmseg recipe, no bins of depth, no
 the patches.
 
 Writes lessons/dinov2_dense.csv, a line for each kind of features, and lessons/dinov2_dense.png:
-image, truth and predictions. Beside the features stand what looks at no image (each place its mean:
-things are seldom in a corner, and the floor comes nearer below) and the truth itself with one value
-a patch: so coarse are the patches.
+image, truth and predictions. Beside the features stands the truth itself with one value a patch: so
+coarse are the patches.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -44,8 +42,7 @@ from lessons import checkpoint, shared
 from lessons.checkpoint import per_patch
 
 CLAIM = "A linear layer reads classes and depth off tokens that were learned without either"
-OURS, RANDOM, PIXELS = "DINOv2", "random weights", "pixels"
-PLACE, TRUTH = "place", "truth of a patch"
+OURS, TRUTH = "DINOv2", "truth of a patch"
 PENALTY = 1e-3
 KEYS = ["features", "seed", "miou", "accuracy", "rmse"]
 COLOURS = torch.tensor([  # of the background and ten classes
@@ -134,24 +131,17 @@ def predictions(net, images, seed, run):
     images with their truth: x (M, 3, S, S), classes and depth (M, S, S)."""
     x, labels, parts, depths, _ = images
     truth = torch.where(parts > 0, 1 + labels.view(-1, 1, 1), 0)
-    x, size, patch = x / 255, x.shape[-1], run.args.patch_size
+    x, size = x / 255, x.shape[-1]
     n, step = len(x) * 3 // 4, net.backbone.patch_size
     shares = per_patch(F.one_hot(truth).movedim(3, 1).flatten(0, 1), step)
     shares = shares.unflatten(0, (len(x), -1)).movedim(1, 3)  # (N, h, w, C)
     depth = per_patch(depths, step).unsqueeze(3)
-    args = argparse.Namespace(**vars(run.args) | {"seed": seed})
-    other = checkpoint.refine(dinov2.build(args), patch // step)
     found = {}
-    for name, f in ((OURS, lambda x: checkpoint.tokens(net, x, run)[1]),
-                    (RANDOM, lambda x: checkpoint.tokens(other, x, run)[1]),
-                    (PIXELS, lambda x: checkpoint.pixels(x, patch, step))):
+    for name, f in checkpoint.kinds_of_features(dinov2, OURS, net, seed, run).items():
         features = f(x)
         found[name] = linear(features[:n], shares[:n], depth[:n], features[n:], size)
-    for name, part in ((PLACE, slice(0, n)), (TRUTH, slice(n, None))):
-        s, d = (v[part].movedim(3, 1) for v in (shares, depth))
-        if name == PLACE:
-            s, d = (v.mean(0, keepdim=True).expand(len(x) - n, -1, -1, -1) for v in (s, d))
-        found[name] = enlarge(s, size).argmax(1), enlarge(d, size)[:, 0]
+    s, d = (enlarge(v[n:].movedim(3, 1), size) for v in (shares, depth))
+    found[TRUTH] = s.argmax(1), d[:, 0]
     return found, (x[n:], truth[n:], depths[n:])
 
 
@@ -159,24 +149,22 @@ def draw(whole, columns, means):
     """means: a row for each kind of features."""
     above, below = whole.subfigures(2, 1, height_ratios=[1.7, 1])
     checkpoint.grid(above, columns)
-    for ax, key, title, form in zip(below.subplots(1, 2), ("miou", "rmse"),
-                                    ("classes: mean IoU, %", "depth: RMSE (less is better)"),
-                                    ("%.0f", "%.3f")):
-        shared.bars(ax, means, "features", {key: ""}, fmt=form)
-        ax.set(title=title)
+    left, right = below.subplots(1, 2)
+    shared.bars(left, means, "features", {"miou": ""})
+    left.set(title="classes: mean IoU, %")
+    shared.bars(right, means, "features", {"rmse": ""}, fmt="%.3f")
+    right.set(title="depth: RMSE (less is better)")
 
 
-def answer(means, count):
-    """Against the best of what is not trained; count: of checkpoints."""
-    rows = {row["features"]: row for row in means}
-    ours, others = rows[OURS], [rows[name] for name in (RANDOM, PIXELS, PLACE)]
-    most = max(others, key=lambda row: row["miou"])
-    least = min(others, key=lambda row: row["rmse"])
+def answer(ours, random, pixels, count):
+    """Rows for three kinds of features; count: of checkpoints."""
+    most = max(random, pixels, key=lambda row: row["miou"])
+    least = min(random, pixels, key=lambda row: row["rmse"])
     holds = shared.compare(ours, most, "miou") > 0 > shared.compare(ours, least, "rmse")
-    return shared.answer(holds, f"mean IoU of the classes {ours['miou']:.0f} %, at best "
-                         f"{most['miou']:.0f} % without training ({most['features']}); error of "
-                         f"the depth {ours['rmse']:.3f} against {least['rmse']:.3f} "
-                         f"({least['features']}); {count} run(s) of DINOv2.")
+    return shared.answer(holds, f"mean IoU of the classes {ours['miou']:.0f} %, by "
+                         f"{most['features']} {most['miou']:.0f} %; error of the depth "
+                         f"{ours['rmse']:.3f}, by {least['features']} {least['rmse']:.3f} "
+                         f"({count} run(s) of DINOv2).")
 
 
 def main(argv=None):
@@ -193,7 +181,7 @@ def main(argv=None):
         found, (x, truth, depths) = predictions(net, images, seed, run)
         for name, both in found.items():
             rows.append({"features": name, "seed": seed} | scores(*both, truth, depths))
-    shown = {"truth": (truth, depths)} | {name: found[name] for name in (OURS, RANDOM, PIXELS)}
+    shown = {"truth": (truth, depths)} | {name: found[name] for name in [*found][:3]}
     columns = {"image": x}
     for name, (classes, _) in shown.items():
         columns[f"classes: {name}"] = COLOURS[classes].movedim(3, 1)
@@ -203,7 +191,7 @@ def main(argv=None):
     shared.write_csv(f"{own.out}/dinov2_dense.csv", rows, KEYS)
     means = shared.over_seeds(rows, ["features"], KEYS[2:])
     shared.figure(f"{own.out}/dinov2_dense.png", (13, 9), draw, columns, means, claim=CLAIM,
-                  answer=answer(means, len(trained)))
+                  answer=answer(*means[:3], len(trained)))
     shared.show(means, ["features", *KEYS[2:]])
     return rows
 

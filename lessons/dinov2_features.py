@@ -18,12 +18,11 @@ validation images, of a folder without labels all.
 Writes lessons/dinov2_features.png: images of two classes with three components of their patches,
 and images with those whose class tokens are nearest. On `toys`, where the parts of the things are
 known, also lessons/dinov2_features.csv, three times for other images (several checkpoints take
-turns): which part of which thing is a patch of? Its 20 nearest patches in other images vote. Their
-neighbours are found by cosine of tokens, trained and not, or by the patches' pixels, mean colours
-or places.
+turns): which part of which thing is a patch of? Its 20 nearest patches in other images vote, found
+by the cosine of tokens, trained and not, or of the patches' pixels, each after subtracting the mean
+of all, or by the distance of colours or places.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -36,7 +35,7 @@ import dinov2
 from lessons import checkpoint, shared
 
 CLAIM = "Without labels: patches of the same part of another thing are neighbours"
-OURS, RANDOM = "DINOv2", "random weights"
+OURS = "DINOv2"
 SHOWN = 5
 NEAREST = 3
 
@@ -78,18 +77,12 @@ def nearest(h, k):
     return cosine.topk(min(k, len(h) - 1)).indices
 
 
-def patches_without_network(x, patch, step):
-    """What can be had without a network of each square of `step` pixels, the middle of a patch:
-    (N, 3, S, S) -> name -> (N, h, w, D)."""
-    side = x.shape[-1] // step
-    pixels = checkpoint.pixels(x, patch, step)
-    line = torch.linspace(-1, 1, side)
+def without_network(x, step):
+    """Of each square of `step` pixels: (N, 3, S, S) -> name -> (N, h, w, D)."""
+    colours = checkpoint.per_patch(x.flatten(0, 1), step).unflatten(0, (-1, 3)).movedim(1, 3)
+    line = torch.linspace(-1, 1, colours.shape[1])
     places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
-    return {
-        "pixels": F.normalize(pixels - pixels.mean((0, 1, 2)), dim=-1),
-        "colour": checkpoint.per_patch(x.flatten(0, 1), step).unflatten(0, (-1, 3)).movedim(1, 3),
-        "place": places.expand(len(x), -1, -1, -1),
-    }
+    return {"colour": colours, "place": places.expand(len(x), -1, -1, -1)}
 
 
 def knn_by_part(features, parts, k=20):
@@ -106,16 +99,17 @@ def knn_by_part(features, parts, k=20):
     return 100 * (torch.cat(found) == truth).float().mean().item()
 
 
-def measure(nets, x, labels, parts, run):
-    """Rows for networks by name, and for features without one. parts: (N, S, S)."""
-    patch, step = run.args.patch_size, nets[OURS].backbone.patch_size
+def measure(net, x, labels, parts, seed, run):
+    """Rows, by features. parts: (N, S, S)."""
+    step = net.backbone.patch_size
     known = checkpoint.most(parts, step)
     known = torch.where(known > 0, 10 * labels.view(-1, 1, 1) + known, 0)  # a part of a thing
     found = {}
-    for name, net in nets.items():
-        found[name] = F.normalize(checkpoint.tokens(net, x, run)[1], dim=-1)
-    found |= patches_without_network(x, patch, step)
-    return [{"features": name, "same_part": knn_by_part(features, known)}
+    for name, f in checkpoint.kinds_of_features(dinov2, OURS, net, seed, run).items():
+        features = f(x)
+        found[name] = F.normalize(features - features.mean((0, 1, 2)), dim=-1)
+    found |= without_network(x, step)
+    return [{"features": name, "seed": seed, "same_part": knn_by_part(features, known)}
             for name, features in found.items()]
 
 
@@ -156,9 +150,7 @@ def main(argv=None):
         x, labels, parts = checkpoint.images(own, data, run, seed)
         if parts is None:
             break
-        args = argparse.Namespace(**vars(run.args) | {"seed": seed})
-        nets = {OURS: net, RANDOM: checkpoint.refine(dinov2.build(args), own.finer)}
-        rows += [row | {"seed": seed} for row in measure(nets, x, labels, parts, run)]
+        rows += measure(net, x, labels, parts, seed, run)
     chosen = own.labels or labels.unique()[:2].tolist()
     if not set(chosen) <= set(labels.tolist()):
         common.fail(f"--labels {chosen}: the {len(x)} images are not of all these classes")

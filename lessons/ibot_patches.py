@@ -2,8 +2,8 @@
 
 Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iBOT)". Paper,
 Appendix G.3, "Sparse correspondence": patch tokens of two views of an image, or of two images of a
-class, are matched. Here those are that are each other's nearest by cosine; shown and counted are
-the twelve with the highest cosine (paper: with the highest self-attention).
+class, are matched. Here those are that are each other's nearest by cosine, after subtracting the
+mean of all (paper: and have the highest self-attention).
 
 A single hidden patch can be guessed from its neighbours; of a hidden block one has to know what it
 is part of. So a token is drawn to say which part of what it shows, and the same part elsewhere is
@@ -26,7 +26,6 @@ patch of the one with every patch of the other. Images are whole central squares
 ones, of other sets validation images, of a folder without labels all.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -40,19 +39,18 @@ import ibot
 from lessons import checkpoint, shared
 
 CLAIM = "Patch tokens find the same place in another view and the same part in another thing"
-OURS, RANDOM, PIXELS, PAIRS = "iBOT", "random weights", "pixels", "random pairs"
-BEST = 12
-KEYS = ["features", "seed", "matches", "same_place", "same_part"]
+OURS, PAIRS = "iBOT", "random pairs"
+KEYS = ["features", "seed", "same_place", "same_part"]
 
 
-def mutual(a, b, most=BEST):
+def mutual(a, b):
     """Patches that are each other's nearest by cosine, the best first: tokens (h, w, D) -> index
-    in a (M,), index in b (M,), M <= most."""
+    in a (M,), index in b (M,)."""
     cosine = F.normalize(a.flatten(0, -2)) @ F.normalize(b.flatten(0, -2)).T  # (T, T)
     nearest = cosine == cosine.amax(1, keepdim=True)
     nearest &= cosine == cosine.amax(0)
     i, j = nearest.nonzero(as_tuple=True)
-    order = cosine[i, j].argsort(descending=True)[:most]
+    order = cosine[i, j].argsort(descending=True)
     return i[order], j[order]
 
 
@@ -93,8 +91,7 @@ def alike(a, b, patch):
     """Which pairs of patches are of the same part: parts (N, S, S) of two images of a class each
     -> (N, T, T), 0 or 1, nan where the patch of a shows no part."""
     a, b = (checkpoint.most(parts, patch).flatten(1) for parts in (a, b))
-    good = (a.unsqueeze(2) == b.unsqueeze(1)).float()
-    return torch.where(a.unsqueeze(2) > 0, good, math.nan)
+    return torch.where(a.unsqueeze(2) > 0, (a.unsqueeze(2) == b.unsqueeze(1)).float(), math.nan)
 
 
 def share(good, found=None):
@@ -117,37 +114,31 @@ def two_images(labels):
 
 def measure(net, x, labels, parts, seed, run):
     """Rows, by features; and pairs to be shown, by title: images, matches, which are good."""
-    patch, step = run.args.patch_size, net.backbone.patch_size
+    step = net.backbone.patch_size
     common.reseed(seed)
     boxes, mirrored = draw_views(len(x), x.shape[-1])
-    views = [common.color_jitter(cut(x, *view), 0.4, 0.4, 0.2, 0.1, p=0.8)
-             for view in zip(boxes, mirrored)]
+    views = [cut(x, *view) for view in zip(boxes, mirrored)]
+    views = [common.color_jitter(view, 0.4, 0.4, 0.2, 0.1, p=0.8) for view in views]
     place = near(boxes, mirrored, x.shape[-1] // step).float()
     a, b = two_images(labels)
     part = place[a] * math.nan  # not known
     if parts is not None:
         part = alike(parts[a], parts[b], step)
         things = cut((parts > 0).float().unsqueeze(1), boxes[0], mirrored[0])[:, 0]
-        things = checkpoint.per_patch(things, step).flatten(1) > 0.5
-        place = torch.where(things.unsqueeze(2), place, math.nan)
-    args = argparse.Namespace(**vars(run.args) | {"seed": seed})
-    other = checkpoint.refine(ibot.build(args), patch // step)
-    grey = x.mean()
+        things = checkpoint.per_patch(things, step).flatten(1).unsqueeze(2)
+        place = torch.where(things > 0.5, place, math.nan)
     rows, shown = [], {}
-    for name, f in ((OURS, lambda x: checkpoint.tokens(net, x, run)[1]),
-                    (RANDOM, lambda x: checkpoint.tokens(other, x, run)[1]),
-                    (PIXELS, lambda x: checkpoint.pixels(x - grey, patch, step))):
-        in_views = [mutual(*pair) for pair in zip(f(views[0]), f(views[1]))]
-        tokens = f(x)
+    for name, f in checkpoint.kinds_of_features(ibot, OURS, net, seed, run).items():
+        centre = f(x).mean((0, 1, 2))
+        *two, tokens = (f(images) - centre for images in (*views, x))
+        in_views = [mutual(*pair) for pair in zip(*two)]
         in_images = [mutual(tokens[i], tokens[j]) for i, j in zip(a, b)]
         rows.append({"features": name, "same_place": share(place, in_views),
-                     "same_part": share(part, in_images),
-                     "matches": sum(len(i) for i, _ in in_views) / len(x)})
+                     "same_part": share(part, in_images)})
         if name == OURS:
             shown["two views"] = views[0][0], views[1][0], in_views[0], place[0]
             shown["two things"] = x[a[0]], x[b[0]], in_images[0], part[0]
-    rows.append({"features": PAIRS, "same_place": share(place), "same_part": share(part),
-                 "matches": ""})
+    rows.append({"features": PAIRS, "same_place": share(place), "same_part": share(part)})
     return rows, shown
 
 
@@ -155,29 +146,25 @@ def draw(whole, shown, means, side):
     """Matched patches, lime where they are right; means: a row for each kind of features."""
     left, right = whole.subfigures(1, 2, width_ratios=[1.2, 1])
     for ax, (title, (a, b, found, good)) in zip(left.subplots(2, 1), shown.items()):
-        picture = torch.cat([a, b], 2).movedim(0, -1)
-        ax.imshow(picture, extent=(0, 2 * side, side, 0))
-        ax.set_title(title, fontsize=9)
+        ax.imshow(torch.cat([a, b], 2).movedim(0, -1), extent=(0, 2 * side, side, 0))
+        ax.set_title(title)
         ax.axis("off")
-        counted = ~good[found].isnan()
-        right_ones = good[found] > 0
-        found = torch.stack(found)  # (2, M)
+        good, found = good[found], torch.stack(found)  # (M,), (2, M)
         y = found // side + 0.5
         x = found % side + 0.5 + torch.tensor([[0], [side]])
-        ax.plot(x[:, counted], y[:, counted], "o-", c="orange")
-        ax.plot(x[:, right_ones], y[:, right_ones], "o-", c="lime")
+        for value, colour in ((0, "orange"), (1, "lime")):
+            ax.plot(x[:, good == value], y[:, good == value], "o-", c=colour)
     ax = right.subplots()
-    shared.bars(ax, means, "features", {k: k.replace("_", " ") for k in KEYS[3:]})
-    ax.set(title="matches that are right, %")
+    shared.bars(ax, means, "features", {k: k.replace("_", " ") for k in KEYS[2:]})
+    ax.set_title("matches that are right, %")
     ax.legend()
 
 
 def answer(means, count):
     """count: of checkpoints."""
-    ours, *others = means
-    parts, holds = [], True
-    for key in [key for key in KEYS[3:] if not math.isnan(ours[key])]:
-        best = max(others, key=lambda row: row[key])
+    ours, parts, holds = means[0], [], True
+    for key in [key for key in KEYS[2:] if not math.isnan(ours[key])]:
+        best = max(means[1:], key=lambda row: row[key])
         holds = holds and shared.compare(ours, best, key) > 0
         parts.append(f"{ours[key]:.0f} % of the {key.replace('_', ' ')}, by {best['features']} "
                      f"{best[key]:.0f} %")
@@ -195,11 +182,11 @@ def main(argv=None):
         found, shown = measure(net, x, labels, parts, seed, run)
         rows += [row | {"seed": seed} for row in found]
     shared.write_csv(f"{own.out}/ibot_patches.csv", rows, KEYS)
-    means = shared.over_seeds(rows, ["features"], KEYS[3:])
-    side = x.shape[-1] // net.backbone.patch_size
-    shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, shown, means, side,
-                  claim=CLAIM, answer=answer(means, len(trained)))
-    shared.show(means, ["features", *KEYS[3:]])
+    means = shared.over_seeds(rows, ["features"], KEYS[2:])
+    shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, shown, means,
+                  x.shape[-1] // net.backbone.patch_size, claim=CLAIM,
+                  answer=answer(means, len(trained)))
+    shared.show(means, ["features", *KEYS[2:]])
     return rows
 
 
