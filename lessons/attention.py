@@ -119,13 +119,14 @@ def draw(whole, columns, means, title):
     ax.legend(loc="upper left", fontsize=9)
 
 
-def answer(means, count, mass):
-    """means: in the order of the claim, random weights first; count: of checkpoints."""
-    pairs = zip(means, means[1:])
-    holds = all(shared.compare(b, a, "jaccard") > 0 for a, b in pairs)
-    parts = [f"{row['network']} {row['jaccard']:.0f} ± {row['jaccard_sd']:.0f} %" for row in means]
+def answer(means, counts, mass):
+    """means: a row for each network, DINO last; counts: of networks."""
+    *others, ours = means
+    holds = all(shared.compare(ours, row, "jaccard") > 0 for row in others)
+    parts = [f"{row['network']} {row['jaccard']:.0f} ± {row['jaccard_sd']:.0f} % "
+             f"(networks: {counts[row['network']]})" for row in means]
     return shared.answer(holds, f"Jaccard similarity of the patches that hold {mass:.0%} of the "
-                         f"attention and the object: {', '.join(parts)} ({count} run(s) of DINO).")
+                         f"attention and the object: {', '.join(parts)}.")
 
 
 def main(argv=None):
@@ -160,11 +161,12 @@ def main(argv=None):
         return shared.figure(f"{own.out}/attention.png", shape, draw, columns, [], "")
     for name, mask in ({"object": parts > 0} | found).items():
         columns[name] = checkpoint.lit(shown, mask[: own.shown])
+    counts = {RANDOM: own.seeds, SUPERVISED: len(labelled), DINO: len(trained)}
     shared.write_csv(f"{own.out}/attention.csv", rows, KEYS)
     means = shared.over_seeds(rows, ["network"], [*KEYS[2:], "of_slide"])
     shared.figure(f"{own.out}/attention.png", (13, 6), draw, columns, means,
                   f"Jaccard similarity of {own.mass:.0%} of the attention\nand the object, %",
-                  claim=CLAIM, answer=answer(means, len(trained), own.mass))
+                  claim=CLAIM, answer=answer(means, counts, own.mass))
     shared.show(means, ["network", *KEYS[2:]])
     return rows
 

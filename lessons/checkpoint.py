@@ -63,9 +63,9 @@ def parser(doc, images=400):
 
 class Overlapping(nn.Module):
     """Embed patches that overlap, `times` as many along a side: (N, 3, H, W) -> (N, D, t H / P,
-    t W / P), each around the middle of its square of P / t pixels. So a trained network sees more
-    finely what it sees (Amir et al. 2021, arXiv 2112.05814). Beyond its edges an image goes on with
-    the pixels there."""
+    t W / P), one that begins at each square of P / t pixels. So a trained network sees more finely
+    what it sees (Amir et al. 2021, arXiv 2112.05814). Below and at the right an image goes on with
+    the pixels of its edge."""
 
     def __init__(self, embed, patch, times):
         super().__init__()
@@ -73,9 +73,7 @@ class Overlapping(nn.Module):
 
     def forward(self, x):
         height, width = x.shape[2:]
-        more = self.patch - self.step
-        before = more // 2
-        x = F.pad(x, (before, more - before) * 2, mode="replicate")
+        x = F.pad(x, (0, self.patch - self.step) * 2, mode="replicate")
         rows = []
         for top in range(0, self.patch, self.step):
             row = [self.embed(x[:, :, top : top + height, left : left + width])
@@ -163,11 +161,10 @@ def per_patch(maps, patch):
 
 
 def pixels(x, patch, step):
-    """The pixels of a patch around each square of `step` pixels: (N, 3, S, S) -> (N, S / step,
-    S / step, 3 patch^2)."""
-    before = (patch - step) // 2
+    """The pixels of the patch that begins at each square of `step` pixels: (N, 3, S, S) ->
+    (N, S / step, S / step, 3 patch^2)."""
     side = x.shape[-1] // step
-    x = F.pad(x, (before, patch - step - before) * 2, mode="replicate")
+    x = F.pad(x, (0, patch - step) * 2, mode="replicate")
     return F.unfold(x, patch, stride=step).mT.unflatten(1, (side, side))
 
 

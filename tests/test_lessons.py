@@ -370,8 +370,9 @@ def test_attention_measure(tmp_path):
         "jaccard": 100, "best_head": 50, "share_of_image": 25, "whole_image": 25}
     means = [{"network": name, "jaccard": v, "jaccard_sd": 1.0, "seeds": 3}
              for name, v in zip(module.OF_SLIDE, (20, 30, 40))]
-    assert module.answer(means, 1, 0.6).startswith("Yes")
-    assert module.answer(means[::-1], 1, 0.6).startswith("Not")
+    counts = dict.fromkeys(module.OF_SLIDE, 3)
+    assert module.answer(means, counts, 0.6).startswith("Yes")
+    assert module.answer(means[::-1], counts, 0.6).startswith("Not")
 
 
 @pytest.mark.parametrize("times", [1, 2, 4])
@@ -379,8 +380,8 @@ def test_overlapping_patches(times):
     """Of linear patches a convolution with a smaller stride; of what is learned nothing changes."""
     net = torch.nn.Conv2d(3, 5, 8, 8)
     x = draw(2, 3, 16, 24, dtype=torch.float32)
-    step, more = 8 // times, 8 - 8 // times
-    wide = torch.nn.functional.pad(x, (more // 2, more - more // 2) * 2, mode="replicate")
+    step = 8 // times
+    wide = torch.nn.functional.pad(x, (0, 8 - step) * 2, mode="replicate")
     oracle = torch.nn.functional.conv2d(wide, net.weight, net.bias, stride=step)
     found = checkpoint.Overlapping(net, 8, times)(x)
     assert found.shape == (2, 5, 2 * times, 3 * times) and torch.allclose(found, oracle, atol=1e-5)
