@@ -151,7 +151,11 @@ def tokens(net, x, run):
     (N, S / P, S / P, D)."""
     net.eval().to(run.device)
     side = x.shape[-1] // net.backbone.patch_size
-    h = torch.cat([net.tokens([part.to(run.device)]).cpu() for part in x.split(64)])
+    h = []
+    for part in x.split(64):
+        part = (part.to(run.device) - net.mean) / net.std
+        h.append(net.backbone(part).cpu())
+    h = torch.cat(h)
     return h[:, 0], h[:, -(side**2) :].unflatten(1, (side, side))
 
 

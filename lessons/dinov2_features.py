@@ -6,14 +6,14 @@ parts get the same colour), Section 7.3 (retrieval by cosine, here of class toke
 
     python dinov2.py --epochs 100
     python lessons/dinov2_features.py runs/dinov2-toys-s0/last.pt
-    python lessons/dinov2_features.py runs/dinov2-toys-s*/last.pt --labels 3 8
+    python lessons/dinov2_features.py runs/dino-toys-s0/last.pt --method dino --labels 3 8
     python lessons/dinov2_features.py dinov2_vits14_reg4_pretrain.pth --registers 4 \\
         --dataset PATH --image-size 518 --finer 1
 
-CHECKPOINT: last.pt or backbone.pt of dinov2.py, or a released file; or several, for different
-seeds. Options that are not listed in --help are those of dinov2.py (--device, --patch-size); what
-is not given is as in the run. Images are whole central squares: of `toys` new ones, of other sets
-validation images, of a folder without labels all.
+CHECKPOINT: last.pt or backbone.pt of dinov2.py (or of --method), or a released file; or several,
+for different seeds. Options that are not listed in --help are those of that file (--device,
+--patch-size); what is not given is as in the run. Images are whole central squares: of `toys` new
+ones, of other sets validation images, of a folder without labels all.
 
 Writes lessons/dinov2_features.png: images of two classes with three components of their patches,
 and images with those whose class tokens are nearest. On `toys`, where the parts of the things are
@@ -31,11 +31,13 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
+import dino
 import dinov2
+import ibot
 from lessons import checkpoint, shared
 
 CLAIM = "Without labels: patches of the same part of another thing are neighbours"
-OURS = "DINOv2"
+METHODS = {"dino": dino, "ibot": ibot, "dinov2": dinov2}
 SHOWN = 5
 NEAREST = 3
 
@@ -99,13 +101,14 @@ def knn_by_part(features, parts, k=20):
     return 100 * (torch.cat(found) == truth).float().mean().item()
 
 
-def measure(net, x, labels, parts, seed, run):
+def measure(method, net, x, labels, parts, seed, run):
     """Rows, by features. parts: (N, S, S)."""
     step = net.backbone.patch_size
     known = checkpoint.most(parts, step)
     known = torch.where(known > 0, 10 * labels.view(-1, 1, 1) + known, 0)  # a part of a thing
     found = {}
-    for name, f in checkpoint.kinds_of_features(dinov2, OURS, net, seed, run).items():
+    kinds = checkpoint.kinds_of_features(method, method.__name__, net, seed, run)
+    for name, f in kinds.items():
         features = f(x)
         found[name] = F.normalize(features - features.mean((0, 1, 2)), dim=-1)
     found |= without_network(x, step)
@@ -142,15 +145,17 @@ def draw(whole, columns, means):
 def main(argv=None):
     p = checkpoint.parser(__doc__)
     p.add_argument("--labels", **common.FROM_0, nargs="+", help="classes to show (of two images)")
+    p.add_argument("--method", choices=METHODS, default="dinov2", help="its file (dinov2)")
     own, options = p.parse_known_args(argv)
-    trained = [checkpoint.load(dinov2, own, options, path) for path in own.checkpoints]
+    method = METHODS[own.method]
+    trained = [checkpoint.load(method, own, options, path) for path in own.checkpoints]
     rows = []
     for seed in range(own.seeds):
         net, data, run = trained[seed % len(trained)]
         x, labels, parts = checkpoint.images(own, data, run, seed)
         if parts is None:
             break
-        rows += measure(net, x, labels, parts, seed, run)
+        rows += measure(method, net, x, labels, parts, seed, run)
     chosen = own.labels or labels.unique()[:2].tolist()
     if not set(chosen) <= set(labels.tolist()):
         common.fail(f"--labels {chosen}: the {len(x)} images are not of all these classes")
@@ -164,9 +169,9 @@ def main(argv=None):
     means = shared.over_seeds(rows, ["features"], ["same_part"])
     ours, *others = means
     best = max(others, key=lambda row: row["same_part"])
-    text = (f"the nearest patches of a patch are of the same part for {ours['same_part']:.0f} % by "
-            f"{OURS}'s tokens ({len(trained)} run(s)), for {best['same_part']:.0f} % by "
-            f"{best['features']}, the best of the others.")
+    text = (f"most of the nearest patches are of the same part for {ours['same_part']:.0f} % of the "
+            f"patches by the tokens of {own.method}.py ({len(trained)} run(s)), for "
+            f"{best['same_part']:.0f} % by {best['features']}, the best of the others.")
     holds = shared.compare(ours, best, "same_part") > 0
     shared.figure(f"{own.out}/dinov2_features.png", (14, 6), draw, columns, means, claim=CLAIM,
                   answer=shared.answer(holds, text))

@@ -473,7 +473,7 @@ def test_places_of_views():
     assert torch.equal(near[clear], (apart.amax(-1) < 1)[clear])
     assert 0.02 < near.float().mean() < 0.3
     one = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 1]])
-    good = torch.tensor([[[True, False], [False, False]]])
+    good = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     assert module.share(good, [tuple(t[0] for t in one)]) == 50 and module.share(good) == 25
 
 
@@ -487,7 +487,7 @@ def dinov2_run(tmp_path_factory):
 def test_dinov2_features(tmp_path, dinov2_run, capsys):
     module, out = lesson("dinov2_features"), [*DEVICE, "--seeds", "1", "--out", str(tmp_path)]
     rows = module.main([str(dinov2_run / "last.pt"), "--images", "33", "--size", "32", *out])
-    assert [row["features"] for row in rows] == [module.OURS, "random weights", "pixels", "colour",
+    assert [row["features"] for row in rows] == ["dinov2", "random weights", "pixels", "colour",
                                                  "place"]
     assert all(0 <= row["same_part"] <= 100 for row in rows)
     assert len(written(tmp_path, "dinov2_features")) == 5
