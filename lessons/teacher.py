@@ -28,7 +28,7 @@ import dino
 from lessons import shared
 
 CLAIM = "The teacher is better than the student that it follows, while both learn"
-RISING, CONSTANT, ZERO = "rises to 1 (DINO)", "stays as it is", "is 0"
+RISING, CONSTANT, ZERO = "rises to 1 (DINO)", "stays constant", "is 0"
 SCHEDULES = [RISING, CONSTANT, ZERO]
 KEYS = ["m", "seed", "epoch", "network", "knn_top1"]
 
@@ -59,9 +59,10 @@ class TwoNets(common.Run):
 
     def end_epoch(self):
         due = super().end_epoch()
-        for name, net in self.nets.items():
-            self.found.append({"epoch": self.rows[-1]["epoch"], "network": name,
-                               "knn_top1": knn(net, self.data, self)})
+        if not self.stopped:  # by a signal
+            for name, net in self.nets.items():
+                self.found.append({"epoch": self.rows[-1]["epoch"], "network": name,
+                                   "knn_top1": knn(net, self.data, self)})
         return due
 
 
