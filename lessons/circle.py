@@ -82,7 +82,7 @@ def answer(means):
 
 
 def main(argv=None):
-    own, options = shared.parser(__doc__, "circle", epochs=8).parse_known_args(argv)
+    own, options = shared.parser(__doc__, "circle", epochs=12).parse_known_args(argv)
     rows, circles = [], {}
     options = ["--dim", 2, "--eval-every", max(own.epochs // 4, 1), *options]
     for seed in range(own.seeds):

@@ -5,11 +5,11 @@ learning good features. Paper: Chen, Luo and Li 2021 (arXiv 2011.02803): a few b
 feature that two views share can suppress, and even prevent, the learning of other features.
 
 Every image gets a random mark that has nothing to do with its class and that the augmentations
-leave alone: with one bit half of the images are inverted, so that the thing is dark on a bright
-ground; with two bits half of these are of the opposite hue, with three there are four hues. SimCLR
-and DINO are trained on such images, for as long as on images without a mark, and a linear probe of
-h is asked for the class, and for the mark. The built-in set has no such feature: one thing in each
-image, always bright on a quiet ground.
+leave alone: the first bit inverts it, so that the thing is dark on a bright ground; the second
+turns it to the opposite hue, and with the third there are four hues. SimCLR and DINO are trained on
+such images for as long as on images without a mark, and a linear probe of h is asked for the class,
+and for the mark. The built-in set was made with few such features: in every image one thing, bright
+on a quiet ground, whose colours follow from its lightness.
 
     python lessons/competing.py
     python lessons/competing.py --dataset cifar10 --epochs 20
