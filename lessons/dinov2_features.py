@@ -120,10 +120,10 @@ def pictures(x, h, tokens, labels, chosen):
     """Columns of the figure: title -> (n, ...). chosen: label -> name."""
     columns = {}
     for label, name in chosen.items():
-        of = (labels == label).nonzero().squeeze(1)[:SHOWN]
-        columns[name] = x[of]
-        kept = foreground(tokens[of])
-        columns[f"{name}, components"] = colours(tokens[of], kept).movedim(3, 1)
+        of = labels == label
+        painted = colours(tokens[of], foreground(tokens[of]))
+        columns[name] = x[of][:SHOWN]
+        columns[f"{name}, components"] = painted[:SHOWN].movedim(3, 1)
     columns["any image"] = x[:SHOWN]
     for k, column in enumerate(nearest(h, NEAREST)[:SHOWN].T, 1):
         columns[f"nearest {k}"] = x[column]
@@ -138,7 +138,7 @@ def draw(whole, columns, means):
     checkpoint.grid(left, columns)
     ax = right.subplots()
     shared.bars(ax, means, "features", {"same_part": ""})
-    ax.tick_params("x", rotation=30)
+    ax.tick_params("x", rotation=20)
     ax.set(title="patches whose nearest patches\nare of the same part, %")
 
 
