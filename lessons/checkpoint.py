@@ -48,22 +48,58 @@ def backbone(path):
 def parser(doc, images=400):
     """The options of a lesson; what it does not know goes to the method."""
     p = common.Parser(description=doc.split("\n")[0], allow_abbrev=False)
-    p.add_argument("checkpoint", help="last.pt or backbone.pt of the method, or a released file")
+    p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                   help="last.pt or backbone.pt of the method, or a released file; or several")
     p.add_argument("--dataset", help="a name or a folder (that of the run)")
     p.add_argument("--images", **common.FROM_2, default=images, help=f"at most ({images})")
-    p.add_argument("--size", **common.FROM_1, help="their side in pixels")
+    p.add_argument("--size", **common.FROM_1, help="their side in pixels (as in training)")
+    p.add_argument("--finer", **common.FROM_1, default=2,
+                   help="patches overlap, so many times as many along a side (2)")
+    p.add_argument("--seeds", **common.FROM_1, default=3,
+                   help="of the images and of networks beside the checkpoints (3)")
     p.add_argument("--out", default=Path(__file__).parent, help="folder of CSV and PNG")
     return p
 
 
-def load(method, own, options):
-    """The network of own.checkpoint, its data, and the run, whose folder is gone afterwards.
+class Overlapping(nn.Module):
+    """Embed patches that overlap, `times` as many along a side: (N, 3, H, W) -> (N, D, t H / P,
+    t W / P), one that begins at each square of P / t pixels. So a trained network sees more finely
+    what it sees (Amir et al. 2021, arXiv 2112.05814). Below and at the right an image goes on with
+    the pixels of its edge."""
+
+    def __init__(self, embed, patch, times):
+        super().__init__()
+        self.embed, self.patch, self.step = embed, patch, patch // times
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, self.patch - self.step) * 2, mode="replicate")
+        rows = []
+        for top in range(0, self.patch, self.step):
+            row = [self.embed(x[:, :, top : top + height, left : left + width])
+                   for left in range(0, self.patch, self.step)]
+            rows.append(torch.stack(row, -1))  # (N, D, H / P, W / P, t)
+        return torch.stack(rows, 3).flatten(4).flatten(2, 3)
+
+
+def refine(net, times):
+    """net with overlapping patches; its patch_size is then that of a token's square."""
+    vit = net.backbone
+    if vit.patch_size % times:
+        common.fail(f"--finer {times} does not divide --patch-size {vit.patch_size}")
+    vit.patch_embed = Overlapping(vit.patch_embed, vit.patch_size, times)
+    vit.patch_size //= times
+    return net.eval()
+
+
+def load(method, own, options, path):
+    """The network of a checkpoint, its data, and the run, whose folder is gone afterwards.
 
     What the command line leaves open is as in the run that made the checkpoint.
     """
     args = common.options(method.__name__, method.__doc__, method.OPTIONS,
-                          [*options, "--eval", own.checkpoint])
-    found = common.read_checkpoint(own.checkpoint)
+                          [*options, "--eval", path])
+    found = common.read_checkpoint(path)
     made = found.get("meta", found.get("args"))
     if isinstance(made, dict):  # of this project, not a released file
         open_options = [name for name in method.OPTIONS if getattr(args, name) is None]
@@ -72,33 +108,34 @@ def load(method, own, options):
     args.dataset = own.dataset or args.dataset
     Path(own.out).mkdir(parents=True, exist_ok=True)
     if args.arch and not args.arch.startswith("vit"):
-        common.fail(f"{own.checkpoint} holds a {args.arch}, which has no tokens of patches")
+        common.fail(f"{path} holds a {args.arch}, which has no tokens of patches")
     with tempfile.TemporaryDirectory() as folder:
         args.out = folder
         with common.Run(args) as run:
             net, data = method.train(args, run)  # with --eval it trains nothing
-    return net.eval(), data, run
+    return refine(net, own.finer), data, run
 
 
-def side(own, run, size=None):
-    """Of an image of whole patches, in pixels; where --size is not given, of this size or of 12
-    patches, or as in training where that is more, up to 224."""
+def side(own, run):
+    """Of an image of whole patches, in pixels: --size, or as in training, up to 224."""
     patch = run.args.patch_size
-    size = own.size or size or max(12 * patch, min(run.args.image_size, 224))
+    size = own.size or min(run.args.image_size, 224)
     if size < patch:
         common.fail(f"--size {size} is less than a patch of {patch} pixels")
     return size // patch * patch
 
 
-def images(own, size, data, run):
-    """Images (n, 3, size, size), labels (n,), -1 unknown, and of the built-in set masks of the
-    objects (n, size, size), else None.
+def images(own, data, run, seed):
+    """Images (n, 3, size, size), labels (n,), -1 unknown, and of the built-in set the parts of the
+    objects (n, size, size), 0 where there is none, else None.
 
-    Of the built-in set new ones, of other sets validation images, of a folder without labels all.
+    Of the built-in set new ones of every seed from 0 on, of other sets validation images, of a
+    folder without labels all.
     """
+    size = side(own, run)
     if run.args.dataset == common.BUILT_IN:
-        x, labels, parts, _, _ = common.toys(own.images, size, seed=2)  # training: 0, test: 1
-        return x / 255, labels, parts > 0
+        x, labels, parts, *_ = common.toys(own.images, size, 2 + seed)  # training: 0, test: 1
+        return x / 255, labels, parts
     data.read(size, *data.how[1:])
     part = data.val
     if not data.labelled:
@@ -114,25 +151,45 @@ def tokens(net, x, run):
     (N, S / P, S / P, D)."""
     net.eval().to(run.device)
     side = x.shape[-1] // net.backbone.patch_size
-    h = torch.cat([net.tokens([part.to(run.device)]).cpu() for part in x.split(64)])
+    h = []
+    for part in x.split(64):
+        part = (part.to(run.device) - net.mean) / net.std
+        h.append(net.backbone(part).cpu())
+    h = torch.cat(h)
     return h[:, 0], h[:, -(side**2) :].unflatten(1, (side, side))
 
 
 def per_patch(maps, patch):
-    """Means over patches: (N, S, S) -> (N, S / P, S / P)."""
+    """Means over squares: (N, S, S) -> (N, S / P, S / P)."""
     return F.avg_pool2d(maps.float().unsqueeze(1), patch).squeeze(1)
 
 
-def table(path, keys, rows):
-    """Write and print rows of names and figures; nan stands for what is not known."""
-    lines = [keys]
-    for row in rows:
-        cells = [f"{v:.4g}" if isinstance(v, float) else v for v in row]
-        lines.append(["" if cell == "nan" else cell for cell in cells])
-    common.write(path, "".join(",".join(line) + "\n" for line in lines))
-    for name, *cells in lines:
-        columns = [f"{cell:>18}" for cell in cells]
-        print(f"{name:24}" + "".join(columns))
+def pixels(x, patch, step):
+    """The pixels of the patch that begins at each square of `step` pixels: (N, 3, S, S) ->
+    (N, S / step, S / step, 3 patch^2)."""
+    side = x.shape[-1] // step
+    x = F.pad(x, (0, patch - step) * 2, mode="replicate")
+    return F.unfold(x, patch, stride=step).mT.unflatten(1, (side, side))
+
+
+def kinds_of_features(method, name, net, seed, run):
+    """What patches are described by: name -> f, images (N, 3, S, S) -> (N, h, w, D). By the tokens
+    of a network called `name`, by those of one with random weights, and by the patches' pixels."""
+    patch, step = run.args.patch_size, net.backbone.patch_size
+    args = Namespace(**vars(run.args) | {"seed": seed})
+    other = refine(method.build(args), patch // step)
+    return {
+        name: lambda x: tokens(net, x, run)[1],
+        "random weights": lambda x: tokens(other, x, run)[1],
+        "pixels": lambda x: pixels(x, patch, step),
+    }
+
+
+def most(parts, patch):
+    """The part that shows most in a square, 0 for the background: (N, S, S) -> (N, S / P, S / P).
+    """
+    numbers = range(int(parts.max()) + 1)
+    return torch.stack([per_patch(parts == k, patch) for k in numbers]).argmax(0)
 
 
 def lit(images, masks):

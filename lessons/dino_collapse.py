@@ -7,12 +7,11 @@ learned. The entropy tells the two ways apart: without sharpening it goes to ln 
 alike, "uniform teacher"), without centring to 0 (one class for all images, "one-hot teacher").
 
     python lessons/dino_collapse.py
-    python lessons/dino_collapse.py --dataset cifar10 --epochs 50 --seeds 3
+    python lessons/dino_collapse.py --dataset cifar10 --epochs 50
 
-Options that are not listed in --help go to dino.py. The head has no batch norm here, as in the
-paper: batch norm centres, too (--head-bn shows it). Writes lessons/dino_collapse.csv, a line for
-every few steps of a run, and lessons/dino_collapse.png. Top-1 and verdict are of validation images,
-never of the test set.
+Options that are not listed in --help go to dino.py. Writes lessons/dino_collapse.csv, a line for
+every few steps of a run, with the verdict and the k-NN top-1 of h at the end of the run, and
+lessons/dino_collapse.png. Verdict and top-1 are of validation images, never of the test set.
 """
 
 import math
@@ -26,13 +25,15 @@ import common
 import dino
 from lessons import shared
 
+CLAIM = "Without centring or without sharpening DINO's teacher says the same of every image"
 RUNS = {
     "DINO": [],
     "no centring": ["--no-centering"],
     "no sharpening": ["--no-sharpening"],
-    "neither of the two": ["--no-centering", "--no-sharpening"],
 }
+COLLAPSES = {"no centring": "one-hot teacher", "no sharpening": "uniform teacher"}
 TERMS = {"loss": "", "entropy": "entropy of the teacher", "kl": "KL(teacher, student)"}
+FLOOR = "untrained_knn_top1"
 
 
 class StepRun(common.Run):
@@ -56,43 +57,60 @@ class StepRun(common.Run):
         return rows
 
 
-def draw(whole, means, K):
-    """Figure 7: a line for each run; means: a row for each run and so many steps."""
-    left, right = whole.subplots(1, 2)
-    for ax, key in ((left, "entropy"), (right, "kl")):
+def draw(whole, means, ends, K):
+    """Figure 7, a line for each run, and its end; means: a row for each run and so many steps,
+    ends: a row for each run."""
+    axes = whole.subplots(1, 3)
+    for ax, key in zip(axes, ("entropy", "kl")):
         shared.lines(ax, means, "run", "step", key)
-        ax.lines[-1].set_linestyle("--")  # it may lie on the line before
         ax.set(title=TERMS[key])
-    left.margins(y=0.1)
-    right.legend(fontsize=8)
-    for ax, level, text in ((left, math.log(K), "ln K: all classes alike"),
-                            (left, 0, "one class for all images"),
-                            (right, 0, "nothing left to learn")):
-        ax.axhline(level, ls=":", c="grey")
-        ax.annotate(text, (0, level), fontsize=8, color="grey", va="bottom")
+    axes[0].margins(y=0.15)
+    axes[1].legend(fontsize=9)
+    shared.floor(axes[0], math.log(K), "ln K: all classes alike")
+    shared.floor(axes[0], 0, "one class for all images")
+    shared.floor(axes[1], 0, "nothing left to learn")
+    if "knn_top1" in ends[0]:
+        shared.bars(axes[2], ends, "run", {"knn_top1": ""})
+        shared.floor(axes[2], sum(row[FLOOR] for row in ends) / len(ends))
+        axes[2].set(title="k-NN top-1 of h at the end, %")
+
+
+def answer(ends, means):
+    """ends: a row for each run and seed, means: for each run."""
+    shares, parts, holds = [], [], True
+    for name, verdict in COLLAPSES.items():
+        found = [row["verdict"] == verdict for row in ends if row["run"] == name]
+        holds = holds and all(found)
+        shares.append(f"with {name} {sum(found)} of {len(found)} runs end with a {verdict}")
+    if "knn_top1" in means[0]:
+        full, *others = means
+        holds = holds and all(shared.compare(full, row, "knn_top1") > 0 for row in others)
+        top1 = ", ".join(f"{row['run']} {row['knn_top1']:.0f} %" for row in means)
+        parts = [f"k-NN top-1 of h: {top1}"]
+    return shared.answer(holds, "; ".join([*shares, *parts]) + ".")
 
 
 def main(argv=None):
     p = shared.parser(__doc__, "dino_collapse", epochs=6)
-    p.add_argument("--limit", type=int, default=2000, help="training images (2000)")
-    p.add_argument("--every", **common.FROM_1, default=5, help="steps in a line of the CSV (5)")
+    p.add_argument("--every", **common.FROM_1, default=31, help="steps in a line of the CSV (31)")
     own, options = p.parse_known_args(argv)
-    options = ["--limit", own.limit, "--no-head-bn", *options]
     rows, ends = [], []
     for seed in range(own.seeds):
         for name, flags in RUNS.items():
-            _, _, run = shared.train(dino, own, name, seed, [*options, *flags], StepRun)
-            last = run.rows[-1]
-            same = {"run": name, "seed": seed, "verdict": last["verdict"].split(":")[0]}
-            rows += [row | same for row in run.means(own.every)]
-            ends.append(last | rows[-1])
-    shared.write_csv(f"{own.out}/dino_collapse.csv", rows,
-                     ["run", "seed", "step", *TERMS, "verdict"])
+            _, data, run = shared.train(dino, own, name, seed, [*options, *flags], StepRun)
+            end = {"run": name, "seed": seed} | run.rows[-1] | shared.untrained(dino, data, run)
+            end["verdict"] = end["verdict"].split(":")[0]
+            kept = {k: end[k] for k in ("run", "seed", "verdict", "knn_top1", FLOOR) if k in end}
+            rows += [row | kept for row in run.means(own.every)]
+            ends.append(end)
+    shared.write_csv(f"{own.out}/dino_collapse.csv", rows, ["step", *TERMS, *kept])
     means = shared.over_seeds(rows, ["run", "step"], TERMS)
-    shared.figure(f"{own.out}/dino_collapse.png", (10, 4), draw, means, run.args.out_dim)
-    print(f"\nthe last {own.every} steps; ln K is {math.log(run.args.out_dim):.3f}")
-    shown = ["run", "seed", *TERMS, "linear_top1", "knn_top1", "verdict"]
-    shared.show(ends, [k for k in shown if k in ends[0]])
+    top1 = [k for k in ("linear_top1", "knn_top1", FLOOR) if k in ends[0]]
+    shown = shared.over_seeds(ends, ["run"], [*TERMS, *top1])
+    K = run.args.out_dim
+    shared.figure(f"{own.out}/dino_collapse.png", (11, 4.3), draw, means, shown, K, claim=CLAIM,
+                  answer=answer(ends, shown))
+    shared.show(shown, ["run", *TERMS, *top1])
 
 
 if __name__ == "__main__":

@@ -1,31 +1,26 @@
-"""What patch and class tokens know without further training: PCA, matching, retrieval (DINOv2).
+"""The same part of another thing has the same patch token, though nobody named a part (DINOv2).
 
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", the coloured patches. Paper:
-Figure 1 (the first principal components of the patch tokens, over images of a category), Figure 10
-(patches matched between two images; there by Euclidean distance as an assignment, thinned out, here
-every patch to the nearest by cosine), Section 7.3 (retrieval by cosine, here of class tokens).
+Figure 1 (the first principal components of the patch tokens, over images of a category: the same
+parts get the same colour), Section 7.3 (retrieval by cosine, here of class tokens).
 
-Nobody told the patches apart. If what varies most separates object from background, and what varies
-next gives the same part of two objects the same colour, the network has found parts by itself.
-
-    python dinov2.py
+    python dinov2.py --epochs 100
     python lessons/dinov2_features.py runs/dinov2-toys-s0/last.pt
-    python lessons/dinov2_features.py runs/dinov2-toys-s0/last.pt --label 3 --size 64
-    python lessons/dinov2_features.py dinov2_vits14_pretrain.pth --dataset PATH --image-size 518
+    python lessons/dinov2_features.py runs/dino-toys-s0/last.pt --method dino --labels 3 8
     python lessons/dinov2_features.py dinov2_vits14_reg4_pretrain.pth --registers 4 \\
-        --dataset PATH --image-size 518
+        --dataset PATH --image-size 518 --finer 1
 
-CHECKPOINT: last.pt or backbone.pt of dinov2.py, or a released file. Options that are not listed in
---help are those of dinov2.py (--device, --patch-size); what is not given is as in the run. --size
-is 12 patches, or as in training where that is more, up to 224.
+CHECKPOINT: last.pt or backbone.pt of dinov2.py (or of --method), or a released file; or several,
+for different seeds. Options that are not listed in --help are those of that file (--device,
+--patch-size); what is not given is as in the run. Images are whole central squares: of `toys` new
+ones, of other sets validation images, of a folder without labels all.
 
-Writes lessons/dinov2_features.png: six images of a class, their foreground, their PCA and three
-pairs of them matched; below, images with those whose class tokens are nearest. On `toys`, where
-masks and classes are known, also lessons/dinov2_features.csv, of all classes: the foreground
-against the mask, patches of an object that are matched to an object, neighbours of the same class;
-beside the untrained network and chance. Patches are taken from images of --size, class tokens at
-the size of the training. Images are whole central squares: of `toys` new ones, of other sets
-validation images, of a folder without labels all.
+Writes lessons/dinov2_features.png: images of two classes with three components of their patches,
+and images with those whose class tokens are nearest. On `toys`, where the parts of the things are
+known, also lessons/dinov2_features.csv, three times for other images (several checkpoints take
+turns): which part of which thing is a patch of? Its 20 nearest patches in other images vote, found
+by the cosine of tokens, trained and not, or of the patches' pixels, each after subtracting the mean
+of all, or by the distance of colours or places.
 """
 
 import sys
@@ -36,14 +31,15 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
+import dino
 import dinov2
+import ibot
 from lessons import checkpoint, shared
 
-OURS = "without labels"
-SHOWN = 6
-QUERIES = 3
-NEAREST = 5
-KEYS = ["network", "foreground_jaccard", "object_to_object", "same_class_of_5"]
+CLAIM = "Without labels: patches of the same part of another thing are neighbours"
+METHODS = {"dino": dino, "ibot": ibot, "dinov2": dinov2}
+SHOWN = 5
+NEAREST = 3
 
 
 def components(x, k):
@@ -76,25 +72,6 @@ def colours(patches, kept):
     return out
 
 
-def matches(a, b):
-    """The patch of a nearest to every patch of b by cosine: (T, D), (U, D) -> (U,)."""
-    cosine = F.normalize(b) @ F.normalize(a).T
-    return cosine.argmax(1)
-
-
-def matched(a, b, kept_a, kept_b):
-    """Kept patches of a in the colours of their places, those of b in the colour of the patch of a
-    that they match: (h, w, D), bool (h, w) -> 2 x (h, w, 3)."""
-    line = torch.linspace(0, 1, len(kept_a))
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    places = torch.stack([x, 1 - (x + y) / 2, y], -1)
-    one = places * kept_a.unsqueeze(-1)
-    two = torch.zeros_like(places)
-    if kept_a.any():
-        two[kept_b] = places[kept_a][matches(a[kept_a], b[kept_b])]
-    return one, two
-
-
 def nearest(h, k):
     """The k other images nearest to each by class token: (N, D) -> (N, k)."""
     h = F.normalize(h)
@@ -102,88 +79,103 @@ def nearest(h, k):
     return cosine.topk(min(k, len(h) - 1)).indices
 
 
-def in_numbers(h, patches, labels, masks):
-    """On images with masks, in %: mean Jaccard of the foreground, by PCA of every class by itself;
-    patches of an object whose match in another image of the class is on its object; images of the
-    same class among the five nearest."""
-    patch = masks.shape[1] // patches.shape[1]
-    on = checkpoint.per_patch(masks, patch).flatten(1) > 0.5  # (N, T)
-    tokens = patches.flatten(1, 2)
-    overlap = []
-    hits = []
-    for label in labels.unique():
-        of = (labels == label).nonzero().squeeze(1)
-        found = foreground(patches[of]).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-        both = (found & masks[of]).sum((1, 2))
-        either = (found | masks[of]).sum((1, 2))
-        overlap.append(both / either.clamp(min=1))
-        for a, b in zip(of, of.roll(1)):
-            to = matches(tokens[a], tokens[b][on[b]])
-            hits.append(on[a][to])
-    same = labels[nearest(h, NEAREST)] == labels.unsqueeze(1)
-    found = torch.cat(overlap), torch.cat(hits), same
-    return [100 * v.float().mean().item() for v in found]
+def without_network(x, step):
+    """Of each square of `step` pixels: (N, 3, S, S) -> name -> (N, h, w, D)."""
+    colours = checkpoint.per_patch(x.flatten(0, 1), step).unflatten(0, (-1, 3)).movedim(1, 3)
+    line = torch.linspace(-1, 1, colours.shape[1])
+    places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
+    return {"colour": colours, "place": places.expand(len(x), -1, -1, -1)}
 
 
-def chance(labels, masks, patch):
-    """The same for the whole image, for any patch, for any other image."""
-    same = labels == labels.unsqueeze(1)
-    other = ~torch.eye(len(labels), dtype=torch.bool)
-    found = masks, checkpoint.per_patch(masks, patch) > 0.5, same[other]
-    return [100 * v.float().mean().item() for v in found]
+def knn_by_part(features, parts, k=20):
+    """Share in % of the patches of the last quarter of the images for which most of the k nearest
+    patches of the other images are of the same part. features: (N, h, w, D); parts: (N, h, w),
+    0 for the background, which is left out."""
+    n = len(features) * 3 // 4
+    fit, test = features[:n][parts[:n] > 0], features[n:][parts[n:] > 0]
+    known, truth = parts[:n][parts[:n] > 0], parts[n:][parts[n:] > 0]
+    found = []
+    for rows in test.split(1000):
+        index = torch.cdist(rows, fit).topk(min(k, len(fit)), largest=False).indices
+        found.append(known[index].mode(1).values)
+    return 100 * (torch.cat(found) == truth).float().mean().item()
 
 
-def draw(whole, x, h, patches, shown):
-    """Above, a row for each image shown; below, a row for each query."""
-    above, below = whole.subfigures(2, 1, height_ratios=[len(shown), QUERIES])
-    images, p = x[shown], patches[shown]
-    kept = foreground(p)
-    pairs = []
-    for i in range(0, len(shown) - 1, 2):
-        pairs += matched(p[i], p[i + 1], kept[i], kept[i + 1])
-    columns = {
-        "image": images,
-        "foreground": checkpoint.lit(images, kept),
-        "three components of it": colours(p, kept).movedim(3, 1),
-        "same colour: matched": [picture.movedim(2, 0) for picture in pairs],
-    }
-    checkpoint.grid(above, columns)
-    columns = {"query": x[:QUERIES]}
-    for k, column in enumerate(nearest(h, NEAREST).T, 1):
-        columns[f"nearest {k}"] = x[column[:QUERIES]]
-    checkpoint.grid(below, columns)
+def measure(method, net, x, labels, parts, seed, run):
+    """Rows, by features. parts: (N, S, S)."""
+    step = net.backbone.patch_size
+    known = checkpoint.most(parts, step)
+    known = torch.where(known > 0, 10 * labels.view(-1, 1, 1) + known, 0)  # a part of a thing
+    found = {}
+    kinds = checkpoint.kinds_of_features(method, method.__name__, net, seed, run)
+    for name, f in kinds.items():
+        features = f(x)
+        found[name] = F.normalize(features - features.mean((0, 1, 2)), dim=-1)
+    found |= without_network(x, step)
+    return [{"features": name, "seed": seed, "same_part": knn_by_part(features, known)}
+            for name, features in found.items()]
+
+
+def pictures(x, h, tokens, labels, chosen):
+    """Columns of the figure: title -> (n, ...). chosen: label -> name."""
+    columns = {}
+    for label, name in chosen.items():
+        of = labels == label
+        painted = colours(tokens[of], foreground(tokens[of]))
+        columns[name] = x[of][:SHOWN]
+        columns[f"{name}, components"] = painted[:SHOWN].movedim(3, 1)
+    columns["any image"] = x[:SHOWN]
+    for k, column in enumerate(nearest(h, NEAREST)[:SHOWN].T, 1):
+        columns[f"nearest {k}"] = x[column]
+    return columns
+
+
+def draw(whole, columns, means):
+    """means: a row for each kind of features, or none."""
+    if not means:
+        return checkpoint.grid(whole, columns)
+    left, right = whole.subfigures(1, 2, width_ratios=[2.2, 1])
+    checkpoint.grid(left, columns)
+    ax = right.subplots()
+    shared.bars(ax, means, "features", {"same_part": ""})
+    ax.tick_params("x", rotation=20)
+    ax.set(title="patches whose nearest patches\nare of the same part, %")
 
 
 def main(argv=None):
     p = checkpoint.parser(__doc__)
-    p.add_argument("--label", **common.FROM_0, help="class to show (of the first)")
+    p.add_argument("--labels", **common.FROM_0, nargs="+", help="classes to show (of two images)")
+    p.add_argument("--method", choices=METHODS, default="dinov2", help="its file (dinov2)")
     own, options = p.parse_known_args(argv)
-    net, data, run = checkpoint.load(dinov2, own, options)
-    args = run.args
-    patch = args.patch_size
-    size = checkpoint.side(own, run)
-    x, labels, masks = checkpoint.images(own, size, data, run)
-    label = labels[0] if own.label is None else own.label
-    shown = (labels == label).nonzero().squeeze(1)[:SHOWN]
-    if not len(shown):
-        common.fail(f"--label {label}: none of the {len(x)} images is of that class")
-    size = min(size, args.image_size // patch * patch)  # as in training
-    small = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-
-    def both_tokens(f):
-        return checkpoint.tokens(f, small, run)[0], checkpoint.tokens(f, x, run)[1]
-
-    h, patches = both_tokens(net)
-    shared.figure(f"{own.out}/dinov2_features.png", (9, 14), draw, x, h, patches, shown)
-    if masks is None:
-        return []
-    untrained = both_tokens(dinov2.build(args))
-    rows = [
-        [OURS, *in_numbers(h, patches, labels, masks)],
-        ["random weights", *in_numbers(*untrained, labels, masks)],
-        ["whole image or chance", *chance(labels, masks, patch)],
-    ]
-    checkpoint.table(f"{own.out}/dinov2_features.csv", KEYS, rows)
+    method = METHODS[own.method]
+    trained = [checkpoint.load(method, own, options, path) for path in own.checkpoints]
+    rows = []
+    for seed in range(own.seeds):
+        net, data, run = trained[seed % len(trained)]
+        x, labels, parts = checkpoint.images(own, data, run, seed)
+        if parts is None:
+            break
+        rows += measure(method, net, x, labels, parts, seed, run)
+    chosen = own.labels or labels.unique()[:2].tolist()
+    if not set(chosen) <= set(labels.tolist()):
+        common.fail(f"--labels {chosen}: the {len(x)} images are not of all these classes")
+    things = dict(enumerate(common.THINGS)) if rows else {}
+    chosen = {label: things.get(label, f"class {label}") for label in chosen}
+    columns = pictures(x, *checkpoint.tokens(net, x, run), labels, chosen)
+    if not rows:
+        shape = (1.4 * len(columns), 1.5 * SHOWN)
+        return shared.figure(f"{own.out}/dinov2_features.png", shape, draw, columns, [])
+    shared.write_csv(f"{own.out}/dinov2_features.csv", rows, ["features", "seed", "same_part"])
+    means = shared.over_seeds(rows, ["features"], ["same_part"])
+    ours, *others = means
+    best = max(others, key=lambda row: row["same_part"])
+    text = (f"most of the nearest patches are of the same part for {ours['same_part']:.0f} % of "
+            f"the patches by the tokens of {own.method}.py ({len(trained)} run(s)), for "
+            f"{best['same_part']:.0f} % by {best['features']}, the best of the others.")
+    holds = shared.compare(ours, best, "same_part") > 0
+    shared.figure(f"{own.out}/dinov2_features.png", (14, 6), draw, columns, means, claim=CLAIM,
+                  answer=shared.answer(holds, text))
+    shared.show(means, ["features", "same_part"])
     return rows
 
 

@@ -43,6 +43,7 @@ from lessons import checkpoint, shared
 
 SHARES = (1.0, 0.1, 0.01)
 STARTS = ("fine-tuned", "from random", "frozen")
+CLAIM = "A backbone that was learned without labels needs fewer of them later"
 
 
 def subset(labels, pool, share, seed):
@@ -90,15 +91,13 @@ def finetune(net, images, index, lr, seed, run):
 
 def outputs(net, part, run):
     """Of net for the images of part, and their labels."""
-    crop = simclr.central(run.args.image_size)
-    return common.embed(lambda views: [net(*views)], part, crop, run)
+    return common.embed(lambda x: [net(*x)], part, simclr.central(run.args.image_size), run)
 
 
 def score(net, part, run):
     """Top-1 in %, and minus the loss, which decides between equal top-1."""
     s, y = outputs(net, part, run)
-    correct = s.argmax(1) == y
-    return 100 * correct.float().mean().item(), -F.cross_entropy(s, y).item()
+    return 100 * (s.argmax(1) == y).float().mean().item(), -F.cross_entropy(s, y).item()
 
 
 def compare(net, meta, data, share, seed, run):
@@ -121,22 +120,26 @@ def compare(net, meta, data, share, seed, run):
         rows.append(row | {"start": start, "lr": lr, "test_top1": top1})
     net.eval().to(run.device)
     parts = [outputs(net, part, run) for part in ((images, fit), (images, held), data.test)]
-    top1 = simclr.linear_probe(*parts)
-    rows.append(row | {"start": "frozen", "lr": "", "test_top1": top1})
-    for row in rows:
-        print("{labels} labels, seed {seed}: {start:12} {test_top1:.1f} % {lr}".format(**row))
+    rows.append(row | {"start": "frozen", "lr": "", "test_top1": simclr.linear_probe(*parts)})
+    print(f"{len(both)} labels, seed {seed}: {[round(row['test_top1'], 1) for row in rows]} %")
     return rows
 
 
-def draw(whole, means, title):
-    """means: a row for each share and start."""
+def draw(whole, means, chance):
+    """means: a row for each share and start, the fewest labels last."""
     ax = whole.subplots()
-    for start in STARTS:
-        line = [row for row in means if row["start"] == start]
-        columns = [[row[k] for row in line] for k in ("labels", "test_top1", "test_top1_sd")]
-        ax.errorbar(*columns, fmt="o-", capsize=3, label=start)
-    ax.set(xscale="log", xlabel="labels", ylabel="test top-1, %", title=title)
+    shared.lines(ax, means[::-1], "start", "labels", "test_top1")
+    shared.floor(ax, chance, "chance")
+    ax.set(xscale="log", ylabel="test top-1, %")
     ax.legend()
+
+
+def answer(tuned, scratch, frozen):
+    """Rows of the fewest labels."""
+    best = max(tuned, frozen, key=lambda row: row["test_top1"])
+    parts = [f"{row['start']} {row['test_top1']:.0f} %" for row in (tuned, scratch, frozen)]
+    return shared.answer(shared.compare(best, scratch, "test_top1") > 0,
+                         f"with {best['labels']} labels {', '.join(parts)}.")
 
 
 def main(argv=None):
@@ -146,8 +149,7 @@ def main(argv=None):
     o("--dataset", help="toys, a torchvision set or a folder (that of the backbone)")
     o("--min-steps", **common.FROM_1, default=120, help="but at least so many steps (120)")
     o("--batch-size", **common.FROM_1, default=64, help="at most (64)")
-    o("--lrs", **common.POSITIVE, nargs="+", default=[0.05, 0.2, 0.8],
-      help="rates for a batch of 256 to choose from (0.05 0.2 0.8)")
+    o("--lrs", **common.POSITIVE, nargs="+", default=[0.05, 0.2, 0.8], help="rates to choose from")
     own, options = p.parse_known_args(argv)
     net, meta = checkpoint.backbone(own.backbone)
     args = common.options("finetune", __doc__, simclr.OPTIONS,
@@ -165,8 +167,9 @@ def main(argv=None):
                 rows += compare(net, meta, data, share, seed, run)
     shared.write_csv(f"{own.out}/finetune.csv", rows, [*rows[0]])
     means = shared.over_seeds(rows, ["share", "labels", "start"], ["test_top1"])
-    title = f"{args.dataset}, backbone of {meta['dataset']}"
-    shared.figure(f"{own.out}/finetune.png", (5, 4), draw, means, title)
+    chance = 100 / (1 + int(data.train.labels.max()))
+    shared.figure(f"{own.out}/finetune.png", (7, 5), draw, means, chance, claim=CLAIM,
+                  answer=answer(*means[-3:]))
     return rows
 
 

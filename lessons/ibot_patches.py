@@ -1,29 +1,29 @@
-"""Hidden blocks, and parts that find each other: what patch tokens are taught and learn (iBOT).
+"""Parts that find each other: patch tokens of two views, and of two things (iBOT).
 
-Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iBOT)", the masked
-student. Paper, Appendix G.3, "Sparse correspondence": patch tokens of two views of an image, or of
-two images of a class, are matched. Here those are that are each other's nearest by cosine; shown
-and counted are the twelve with the highest cosine (paper: with the highest self-attention).
+Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iBOT)". Paper,
+Appendix G.3, "Sparse correspondence": patch tokens of two views of an image, or of two images of a
+class, are matched. Here those are that are each other's nearest by cosine, after subtracting the
+mean of all (paper: and have the highest self-attention).
 
 A single hidden patch can be guessed from its neighbours; of a hidden block one has to know what it
 is part of. So a token is drawn to say which part of what it shows, and the same part elsewhere is
 to say the same.
 
-    python ibot.py
+    python ibot.py --epochs 100
     python lessons/ibot_patches.py runs/ibot-toys-s0/last.pt
-    python lessons/ibot_patches.py runs/ibot-toys-s0/last.pt --size 32
-    python lessons/ibot_patches.py checkpoint_teacher.pth --dataset PATH --size 448
+    python lessons/ibot_patches.py checkpoint_teacher.pth --dataset PATH --size 448 --finer 1
 
-CHECKPOINT: last.pt or backbone.pt of ibot.py, or a released file. Options that are not listed in
---help are those of ibot.py (--device, --patch-size); what is not given is as in the run. --size is
-12 patches, or as in training where that is more.
+CHECKPOINT: last.pt or backbone.pt of ibot.py, or a released file; or several, for different seeds.
+Options that are not listed in --help are those of ibot.py (--device, --patch-size); what is not
+given is as in the run.
 
-Writes lessons/ibot_patches.csv and lessons/ibot_patches.png: above, an image as the student gets
-it, with hidden blocks and with hidden single patches ("rand" in the released code); below, matched
-patches. The views are crops of 40 to 100 % of the area, one mirrored, in other colours: which place
-of one is which of the other is known. On `toys` so are the objects. Random pairs: every patch of
-the one with every patch of the other. Images are whole central squares: of `toys` new ones, of
-other sets validation images, of a folder without labels all.
+Writes lessons/ibot_patches.csv and lessons/ibot_patches.png: matched patches, and how many matches
+are right, three times for other images (several checkpoints take turns). The views are crops of 40
+to 100 % of the area, one mirrored, in other colours: which place of one is which of the other is
+known. On `toys` so are the parts, and matches of patches that show a thing are counted. Beside
+iBOT's tokens stand those of the untrained network, the patches' pixels, and random pairs: every
+patch of the one with every patch of the other. Images are whole central squares: of `toys` new
+ones, of other sets validation images, of a folder without labels all.
 """
 
 import math
@@ -38,20 +38,19 @@ import common
 import ibot
 from lessons import checkpoint, shared
 
-OURS = "without labels"
-VIEWS, IMAGES = "views of one image", "images of a class"
-BEST = 12
-KEYS = ["network", "two", "matches", "same_place", "both_on_object"]
+CLAIM = "Patch tokens find the same place in another view and the same part in another thing"
+OURS, PAIRS = "iBOT", "random pairs"
+KEYS = ["features", "seed", "same_place", "same_part"]
 
 
-def mutual(a, b, most=BEST):
+def mutual(a, b):
     """Patches that are each other's nearest by cosine, the best first: tokens (h, w, D) -> index
-    in a (M,), index in b (M,), M <= most."""
+    in a (M,), index in b (M,)."""
     cosine = F.normalize(a.flatten(0, -2)) @ F.normalize(b.flatten(0, -2)).T  # (T, T)
     nearest = cosine == cosine.amax(1, keepdim=True)
     nearest &= cosine == cosine.amax(0)
     i, j = nearest.nonzero(as_tuple=True)
-    order = cosine[i, j].argsort(descending=True)[:most]
+    order = cosine[i, j].argsort(descending=True)
     return i[order], j[order]
 
 
@@ -88,100 +87,106 @@ def near(boxes, mirrored, side):
     return torch.cdist(a, b, p=math.inf) <= 1.0001
 
 
-def both(a, b, patch):
-    """Which pairs of patches are mostly object on both sides: masks (N, 1, S, S) of the two images
-    -> (N, T, T), 0 or 1, nan where the masks are."""
-    a, b = (F.avg_pool2d(mask.round(), patch).round().flatten(1) for mask in (a, b))
-    return a.unsqueeze(2) * b.unsqueeze(1)
+def alike(a, b, patch):
+    """Which pairs of patches are of the same part: parts (N, S, S) of two images of a class each
+    -> (N, T, T), 0 or 1, nan where the patch of a shows no part."""
+    a, b = (checkpoint.most(parts, patch).flatten(1) for parts in (a, b))
+    return torch.where(a.unsqueeze(2) > 0, (a.unsqueeze(2) == b.unsqueeze(1)).float(), math.nan)
 
 
 def share(good, found=None):
-    """Share in % of pairs of patches that are good: (N, T, T), N lists of pairs or None for all."""
+    """Share in % of pairs of patches that are good: (N, T, T), N lists of pairs or None for all;
+    nan is left out."""
     if found is not None:
         good = torch.cat([g[pair] for g, pair in zip(good, found)])
-    return 100 * good.float().mean().item()
+    return 100 * good.nanmean().item()
 
 
-def hidden(x, side, ratio):
-    """Columns of the figure, title -> (1, 3, S, S): the image x as the student gets it, a share of
-    its patches grey."""
-    columns = {"image": x}
-    for title, make in (("hidden blocks", ibot.block_mask), ("hidden patches", ibot.random_mask)):
-        mask = make(side, side, ratio, torch.Generator())
-        mask = F.interpolate(mask[None, None].float(), x.shape[2:])
-        columns[title] = torch.where(mask > 0, 0.6, x)
-    return columns
+def two_images(labels):
+    """Index of images (M,) and of others (M,) of the same class."""
+    order = labels.argsort(stable=True)
+    a, b = order[:-1], order[1:]
+    same = labels[a] == labels[b]
+    if not same.any():
+        common.fail("there are no two images of a class, raise --images")
+    return a[same], b[same]
 
 
-def draw(whole, columns, pairs, side):
-    """Masks above, below the patches that match. pairs: title, images a and b, patches in a and
-    in b, which pairs are good (T, T)."""
-    top, below = whole.subfigures(2, 1)
-    checkpoint.grid(top, columns)
-    for ax, (title, a, b, found, good) in zip(below.subplots(2, 2).flat, pairs):
-        picture = torch.cat([a, b], 2).movedim(0, -1)
-        ax.imshow(picture, extent=(0, 2 * side, side, 0))
+def measure(net, x, labels, parts, seed, run):
+    """Rows, by features; and pairs to be shown, by title: images, matches, which are good."""
+    step = net.backbone.patch_size
+    common.reseed(seed)
+    boxes, mirrored = draw_views(len(x), x.shape[-1])
+    views = [cut(x, *view) for view in zip(boxes, mirrored)]
+    views = [common.color_jitter(view, 0.4, 0.4, 0.2, 0.1, p=0.8) for view in views]
+    place = near(boxes, mirrored, x.shape[-1] // step).float()
+    a, b = two_images(labels)
+    part = place[a] * math.nan  # not known
+    if parts is not None:
+        part = alike(parts[a], parts[b], step)
+        things = cut((parts > 0).float().unsqueeze(1), boxes[0], mirrored[0])[:, 0]
+        things = checkpoint.per_patch(things, step).flatten(1).unsqueeze(2)
+        place = torch.where(things > 0.5, place, math.nan)
+    rows, shown = [], {}
+    for name, f in checkpoint.kinds_of_features(ibot, OURS, net, seed, run).items():
+        centre = f(x).mean((0, 1, 2))
+        *two, tokens = (f(images) - centre for images in (*views, x))
+        in_views = [mutual(*pair) for pair in zip(*two)]
+        in_images = [mutual(tokens[i], tokens[j]) for i, j in zip(a, b)]
+        rows.append({"features": name, "same_place": share(place, in_views),
+                     "same_part": share(part, in_images)})
+        if name == OURS:
+            shown["two views"] = views[0][0], views[1][0], in_views[0], place[0]
+            shown["two things"] = x[a[0]], x[b[0]], in_images[0], part[0]
+    rows.append({"features": PAIRS, "same_place": share(place), "same_part": share(part)})
+    return rows, shown
+
+
+def draw(whole, shown, means, side):
+    """Matched patches, lime where they are right; means: a row for each kind of features."""
+    left, right = whole.subfigures(1, 2, width_ratios=[1.2, 1])
+    for ax, (title, (a, b, found, good)) in zip(left.subplots(2, 1), shown.items()):
+        ax.imshow(torch.cat([a, b], 2).movedim(0, -1), extent=(0, 2 * side, side, 0))
         ax.set_title(title)
         ax.axis("off")
-        good = good[found] > 0
-        found = torch.stack(found)  # (2, M)
+        good, found = good[found], torch.stack(found)  # (M,), (2, M)
         y = found // side + 0.5
         x = found % side + 0.5 + torch.tensor([[0], [side]])
-        ax.plot(x, y, "o-", c="orange")
-        ax.plot(x[:, good], y[:, good], "o-", c="lime")
+        for value, colour in ((0, "orange"), (1, "lime")):
+            ax.plot(x[:, good == value], y[:, good == value], "o-", c=colour)
+    ax = right.subplots()
+    shared.bars(ax, means, "features", {k: k.replace("_", " ") for k in KEYS[2:]})
+    ax.set_title("matches that are right, %")
+    ax.legend()
+
+
+def answer(means, count):
+    """count: of checkpoints."""
+    ours, parts, holds = means[0], [], True
+    for key in [key for key in KEYS[2:] if not math.isnan(ours[key])]:
+        best = max(means[1:], key=lambda row: row[key])
+        holds = holds and shared.compare(ours, best, key) > 0
+        parts.append(f"{ours[key]:.0f} % of the {key.replace('_', ' ')}, by {best['features']} "
+                     f"{best[key]:.0f} %")
+    return shared.answer(holds, f"of the matches {'; '.join(parts)} ({count} run(s) of iBOT).")
 
 
 def main(argv=None):
     p = checkpoint.parser(__doc__, images=200)
     own, options = p.parse_known_args(argv)
-    net, data, run = checkpoint.load(ibot, own, options)
-    args = run.args
-    patch = args.patch_size
-    size = checkpoint.side(own, run)
-    x, labels, masks = checkpoint.images(own, size, data, run)
-    side = size // patch
-    if masks is None:
-        masks = x[:, 0] * math.nan  # not known
-    masks = masks.float().unsqueeze(1)
-    common.reseed(args.seed)
-    boxes, mirrored = draw_views(len(x), size)
-    views = []
-    cuts = []
-    for view in zip(boxes, mirrored):
-        views.append(common.color_jitter(cut(x, *view), 0.4, 0.4, 0.2, 0.1, p=0.8))
-        cuts.append(cut(masks, *view))
-    order = labels.argsort(stable=True)
-    a, b = order[:-1], order[1:]
-    alike = labels[a] == labels[b]
-    a, b = a[alike], b[alike]
-    if not len(a):
-        common.fail("there are no two images of a class, raise --images")
-    same = near(boxes, mirrored, side)
-    kinds = {  # images, images, which patches are of the same place, which are both on the object
-        VIEWS: (*views, same, both(*cuts, patch)),
-        IMAGES: (x[a], x[b], same[a] * math.nan, both(masks[a], masks[b], patch)),
-    }
-    nets = {
-        OURS: net,
-        "random weights": ibot.build(args),
-        "random pairs": None,  # of patches, not of tokens
-    }
+    trained = [checkpoint.load(ibot, own, options, path) for path in own.checkpoints]
     rows = []
-    pairs = []
-    for name, f in nets.items():
-        for kind, (one, two, same, objects) in kinds.items():
-            found = None
-            count = math.nan
-            if f:
-                tokens = [checkpoint.tokens(f, view, run)[1] for view in (one, two)]
-                found = [mutual(*pair) for pair in zip(*tokens)]
-                count = sum(len(i) for i, _ in found) / len(found)
-                good = same if kind == VIEWS else objects
-                pairs.append((f"{name}, two {kind}", one[0], two[0], found[0], good[0]))
-            rows.append([name, kind, count, share(same, found), share(objects, found)])
-    checkpoint.table(f"{own.out}/ibot_patches.csv", KEYS, rows)
-    columns = hidden(x[:1], side, args.mask_ratio[1])
-    shared.figure(f"{own.out}/ibot_patches.png", (9, 8), draw, columns, pairs, side)
+    for seed in range(own.seeds):
+        net, data, run = trained[seed % len(trained)]
+        x, labels, parts = checkpoint.images(own, data, run, seed)
+        found, shown = measure(net, x, labels, parts, seed, run)
+        rows += [row | {"seed": seed} for row in found]
+    shared.write_csv(f"{own.out}/ibot_patches.csv", rows, KEYS)
+    means = shared.over_seeds(rows, ["features"], KEYS[2:])
+    shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, shown, means,
+                  x.shape[-1] // net.backbone.patch_size, claim=CLAIM,
+                  answer=answer(means, len(trained)))
+    shared.show(means, ["features", *KEYS[2:]])
     return rows
 
 

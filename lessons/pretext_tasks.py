@@ -7,12 +7,12 @@ there, too, a task that is solved better need not leave better features.
 
 Every task trains the same network on the same images for the same number of epochs; linear probe
 and k-NN of h stand beside those of the untrained network, of raw pixels, and of the same network
-trained with labels for as long. With --guards the pairs are shown instead: tasks with their guards
+trained with labels for as long. With --guards pairs are shown instead: tasks with their guards
 against shortcuts and without, where the task gets easier and the features, as a rule, worse.
 
     python lessons/pretext_tasks.py
     python lessons/pretext_tasks.py --guards
-    python lessons/pretext_tasks.py --dataset cifar10 --epochs 50 --seeds 3
+    python lessons/pretext_tasks.py --dataset cifar10 --epochs 50
 
 Options that are not listed in --help go to pretext.py. Writes lessons/pretext_tasks.csv (with
 --guards: pretext_guards.csv), a line per network, and a figure of the same name. All figures are of
@@ -32,19 +32,28 @@ import common
 import pretext
 from lessons import shared
 
-TASKS = {task: f"--task {task}" for task in pretext.TASKS}
-GUARDS = {
+KINDS = {
+    "reconstructive": "denoising inpainting colorization splitbrain".split(),
+    "predictive": "rotation patch jigsaw".split(),
+    "contrastive": ["cpc"],
+    "step to BYOL": ["view"],
+}
+TASKS = {task: f"--task {task}" for kind in KINDS.values() for task in kind}
+GUARDS = {  # a task, and below it what has lost a guard
     "rotation": "--task rotation",
     "light from above": "--task rotation --shade 0",
     "turns by interpolation": "--task rotation --without exact",
     "patch": "--task patch",
     "no gaps": "--task patch --without gap jitter",
-    "view": "--task view",
-    "the target moves": "--task view --without fixed",
     "inpainting": "--task inpainting",
     "hole in the middle": "--task inpainting --without place",
+    "view": "--task view",
+    "the target moves": "--task view --without fixed",
 }
+CLAIMS = ("At the same budget, predicting teaches more of the class than reconstructing",
+          "A task without its guard against shortcuts teaches less")
 KEYS = ["name", "seed", "loss", "accuracy", "linear_top1", "knn_top1", "rank_h", "seconds"]
+FLOORS = {"untrained": "untrained network", "pixels": "pixels", "with labels": "with labels"}
 
 
 def floors(own, seed, options):
@@ -89,24 +98,47 @@ def train_with_labels(net, data, args, run):
 
 
 def draw(whole, means, epochs):
-    """means: a row for each network."""
-    ax = whole.subplots()
-    for shift, key, label, style in ((-0.2, "linear_top1", "h, linear", "--"),
-                                     (0.2, "knn_top1", "h, k-NN", ":")):
-        heights = [row[key] for row in means]
-        deviations = [row[f"{key}_sd"] for row in means]
-        places = [x + shift for x in range(len(means))]
-        bars = ax.bar(places, heights, 0.36, yerr=deviations, label=label)
-        ax.bar_label(bars, fmt="%.0f", fontsize=8)
-        ax.axhline(heights[0], ls=style, c="grey", lw=1)  # of the untrained network
-    ax.set(xticks=range(len(means)), ylabel="validation top-1, %", xlabel=f"after {epochs} epochs")
-    ax.set_xticklabels([row["name"] for row in means], rotation=30, ha="right")
-    ax.legend(fontsize=8)
-    ax.margins(y=0.15)
+    """means: a row for each network, the floors and the ceiling among them."""
+    left, right = whole.subplots(2, 1, sharex=True)
+    tasks = [row for row in means if row["name"] not in FLOORS]
+    for ax, key, label in ((left, "linear_top1", "linear"), (right, "knn_top1", "k-NN")):
+        shared.bars(ax, tasks, "name", {key: ""})
+        for row in means[: len(FLOORS)]:
+            shared.floor(ax, row[key], FLOORS[row["name"]])
+        ax.set(ylabel=f"{label} top-1 of h, %")
+    right.tick_params("x", rotation=30)
+    right.set(xlabel=f"after {epochs} epochs")
+
+
+def of_tasks(rows):
+    """Whether predictive tasks are ahead of reconstructive ones, in words."""
+    kinds = [{"kind": kind, "seed": row["seed"], "linear_top1": row["linear_top1"]}
+             for row in rows for kind, tasks in KINDS.items() if row["name"] in tasks]
+    means = {row["kind"]: row for row in shared.over_seeds(
+        shared.over_seeds(kinds, ["kind", "seed"], ["linear_top1"]), ["kind"], ["linear_top1"])}
+    text = ", ".join(f"{kind} tasks {row['linear_top1']:.0f} ± {row['linear_top1_sd']:.0f} %"
+                     for kind, row in means.items())
+    pair = means.get("predictive"), means.get("reconstructive")
+    holds = None not in pair and shared.compare(*pair, "linear_top1") > 0
+    return shared.answer(holds, f"linear probe of h on average: {text}.")
+
+
+def of_guards(means):
+    """How many guards are missed, in words."""
+    named = {row["name"]: row for row in means}
+    parts, signs = [], []
+    for name, flags in GUARDS.items():
+        task = flags.split()[1]
+        if name != task:
+            signs.append(shared.compare(named[name], named[task], "linear_top1"))
+            parts.append(", ".join(f"{k} {named[k]['linear_top1']:.0f} %" for k in (task, name)))
+    fallen = signs.count(-1)
+    return shared.answer(2 * fallen > len(signs), f"{fallen} of {len(signs)} are worse beyond the "
+                         f"noise in the linear probe of h: {'; '.join(parts)}.")
 
 
 def main(argv=None):
-    p = shared.parser(__doc__, "pretext", epochs=2)
+    p = shared.parser(__doc__, "pretext", epochs=3)
     p.add_argument("--guards", action="store_true", help="with and without guards, not all tasks")
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which (all)")
     own, options = p.parse_known_args(argv)
@@ -121,7 +153,9 @@ def main(argv=None):
     file = "pretext_guards" if own.guards else "pretext_tasks"
     shared.write_csv(f"{own.out}/{file}.csv", rows, KEYS)
     means = shared.over_seeds(rows, ["name"], ["linear_top1", "knn_top1"])
-    shared.figure(f"{own.out}/{file}.png", (10, 4.5), draw, means, own.epochs)
+    shared.figure(f"{own.out}/{file}.png", (10, 6.5), draw, means, own.epochs,
+                  claim=CLAIMS[own.guards],
+                  answer=of_guards(means) if own.guards else of_tasks(rows))
     shared.show(means, ["name", "linear_top1", "knn_top1"])
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tools import completed, draw, fails, options, train
+from tools import close, completed, draw, fails, options, train
 
 import byol
 import common
@@ -44,6 +44,7 @@ def written(folder, name):
     ("temperature", 2, "--batch-size 40 --taus 0.2 1 --batch-sizes 40"),
     ("byol_collapse", 2, "--batch-size 40"),
     ("dino_collapse", 2 * 2, "--batch-size 20 --every 1"),
+    ("teacher", 3 * 2, "--batch-size 40"),
     ("moco_bn_leak", 2, "--batch-size 40 --splits 1 2"),
     ("moco_momentum", 1, "--batch-size 40 --ms 0.9"),
     ("moco_queue", 1, "--batch-size 40 --queues 40"),
@@ -373,15 +374,48 @@ def test_backbone_is_fed_as_in_its_training(method, tmp_path):
 def test_attention(tmp_path):
     module, shared_argv = lesson("attention"), [*DEVICE, "--out", str(tmp_path)]
     untrained(dino, tmp_path, "--hidden", "16")
-    rows = module.main([str(tmp_path / "last.pt"), *shared_argv, "--images", "12", "--size", "40",
-                        "--supervised-epochs", "1"])
-    best = {row[0]: float(row[2]) for row in rows if row[1] in ("best", "")}
-    assert len(rows) == 3 * 4 + 1 and len(best) == 4 and all(0 < v < 100 for v in best.values())
-    assert best["without labels"] >= max(float(row[2]) for row in rows[:3])
+    files = [str(tmp_path / "last.pt"), "--supervised", str(tmp_path / "backbone.pt")]
+    rows = module.main([*files, *shared_argv, "--images", "12", "--size", "32", "--seeds", "1"])
+    assert [row["network"] for row in rows] == [*module.OF_SLIDE]
+    assert all(0 < row[k] < 100 for row in rows for k in module.KEYS[2:])
     assert len(written(tmp_path, "attention")) == len(rows)
     folder = folder_of(2, tmp_path / "images")
     assert not module.main([str(tmp_path / "backbone.pt"), *shared_argv, "--dataset", str(folder),
                             "--size", "64"])
+
+
+def test_attention_measure(tmp_path):
+    """Heads of which each sees one half of the object, drawn by hand: their mean sees all of it."""
+    module = lesson("attention")
+    maps = torch.full((1, 2, 4, 4), 1e-6)
+    maps[0, 0, :2, 0], maps[0, 1, :2, 1] = 1, 1
+    truth = (maps.mean(1) > 0.1).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    net = SimpleNamespace(maps=maps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "class_maps", lambda net, x: net.maps)
+        figures, found = module.measure(net, torch.zeros(1, 3, 32, 32), truth, 0.9)
+    assert torch.equal(found, truth) and figures == {
+        "jaccard": 100, "best_head": 50, "share_of_image": 25, "whole_image": 25}
+    means = [{"network": name, "jaccard": v, "jaccard_sd": 1.0, "seeds": 3}
+             for name, v in zip(module.OF_SLIDE, (20, 30, 40))]
+    counts = dict.fromkeys(module.OF_SLIDE, 3)
+    assert module.answer(means, counts, 0.6).startswith("Yes")
+    assert module.answer(means[::-1], counts, 0.6).startswith("Not")
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_overlapping_patches(times):
+    """Of linear patches a convolution with a smaller stride; of what is learned nothing changes."""
+    net = torch.nn.Conv2d(3, 5, 8, 8)
+    x = draw(2, 3, 16, 24, dtype=torch.float32)
+    step = 8 // times
+    wide = torch.nn.functional.pad(x, (0, 8 - step) * 2, mode="replicate")
+    oracle = torch.nn.functional.conv2d(wide, net.weight, net.bias, stride=step)
+    found = checkpoint.Overlapping(net, 8, times)(x)
+    assert found.shape == (2, 5, 2 * times, 3 * times) and torch.allclose(found, oracle, atol=1e-5)
+    rows = checkpoint.pixels(x[..., :16], 8, step) @ net.weight.flatten(1).T + net.bias
+    assert torch.allclose(rows.movedim(3, 1), checkpoint.Overlapping(net, 8, times)(x[..., :16]),
+                          atol=1e-5)
 
 
 def test_attention_masks():
@@ -405,19 +439,31 @@ def test_attention_masks():
 
 
 def test_ibot_patches(tmp_path, capsys):
-    module, out = lesson("ibot_patches"), [*DEVICE, "--out", str(tmp_path)]
+    module, out = lesson("ibot_patches"), [*DEVICE, "--seeds", "1", "--out", str(tmp_path)]
     untrained(ibot, tmp_path, "--hidden", "16")
-    rows = module.main([str(tmp_path / "last.pt"), "--images", "22", "--size", "40", *out])
-    assert [row[0] for row in rows[::2]] == [module.OURS, "random weights", "random pairs"]
-    assert all(0 < row[2] <= 12 for row in rows[:4]) and all(0 <= row[4] <= 100 for row in rows)
-    assert 0 < rows[4][3] < 60 and math.isnan(rows[5][3])
-    assert len(written(tmp_path, "ibot_patches")) == 6
+    last = str(tmp_path / "last.pt")
+    rows = module.main([last, "--images", "22", "--size", "32", *out])
+    assert [row["features"] for row in rows] == [module.OURS, "random weights", "pixels",
+                                                 module.PAIRS]
+    assert all(0 <= row[k] <= 100 for row in rows for k in ("same_place", "same_part"))
+    assert 0 < rows[3]["same_place"] < 60 and len(written(tmp_path, "ibot_patches")) == 4
     folder = folder_of(2, tmp_path / "images")
-    rows = module.main([str(tmp_path / "backbone.pt"), "--dataset", str(folder), "--size", "24",
-                        *out])
-    assert rows[0][1] == module.VIEWS and 0 <= rows[0][3] <= 100 and math.isnan(rows[0][4])
-    refused("ibot_patches", capsys, tmp_path / "last.pt", "--size", 3, *out)
+    row, *_ = module.main([str(tmp_path / "backbone.pt"), "--dataset", str(folder), "--size", "24",
+                           *out])
+    assert 0 <= row["same_place"] <= 100 and math.isnan(row["same_part"])
+    refused("ibot_patches", capsys, last, "--size", 3, *out)
+    assert "--finer 3" in refused("ibot_patches", capsys, last, "--finer", 3, *out)
     assert "none.pt" in refused("ibot_patches", capsys, tmp_path / "none.pt", *out)
+
+
+def test_alike():
+    """By hand: parts 1 and 2 of an image, and the background, beside those of another."""
+    a, b = (torch.tensor([rows]).repeat_interleave(4, 1).repeat_interleave(4, 2)
+            for rows in ([[0, 1], [2, 1]], [[1, 1], [0, 2]]))
+    good = lesson("ibot_patches").alike(a, b, 4)[0]
+    assert good[0].isnan().all()
+    assert good[1:].tolist() == [[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 0, 0]]
+    assert lesson("ibot_patches").share(good[None]) == pytest.approx(100 * 5 / 12)
 
 
 def test_mutually_nearest_patches():
@@ -429,10 +475,9 @@ def test_mutually_nearest_patches():
              and cosine[i][j] == max(row[j] for row in cosine)]
     pairs = sorted(pairs, key=lambda p: -cosine[p[0]][p[1]])
     found = [tuple(p) for p in torch.stack(module.mutual(a, b)).T.tolist()]
-    assert len(pairs) > 3 and found == pairs[:12]
-    assert module.mutual(a, b, most=2)[0].tolist() == [i for i, _ in pairs[:2]]
+    assert len(pairs) > 3 and found == pairs
     order = torch.randperm(20, generator=g)
-    i, j = module.mutual(a, 3 * a[order], most=20)
+    i, j = module.mutual(a, 3 * a[order])
     assert len(i) == 20 and torch.equal(order[j], i)
 
 
@@ -456,7 +501,7 @@ def test_places_of_views():
     assert torch.equal(near[clear], (apart.amax(-1) < 1)[clear])
     assert 0.02 < near.float().mean() < 0.3
     one = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 1]])
-    good = torch.tensor([[[True, False], [False, False]]])
+    good = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     assert module.share(good, [tuple(t[0] for t in one)]) == 50 and module.share(good) == 25
 
 
@@ -468,26 +513,29 @@ def dinov2_run(tmp_path_factory):
 
 
 def test_dinov2_features(tmp_path, dinov2_run, capsys):
-    module, out = lesson("dinov2_features"), [*DEVICE, "--out", str(tmp_path)]
-    rows = module.main([str(dinov2_run / "last.pt"), "--images", "33", "--size", "40", *out])
-    assert len(rows) == 3 and all(0 <= v <= 100 for row in rows for v in row[1:])
-    assert len(written(tmp_path, "dinov2_features")) == 3
+    module, out = lesson("dinov2_features"), [*DEVICE, "--seeds", "1", "--out", str(tmp_path)]
+    rows = module.main([str(dinov2_run / "last.pt"), "--images", "33", "--size", "32", *out])
+    assert [row["features"] for row in rows] == ["dinov2", "random weights", "pixels", "colour",
+                                                 "place"]
+    assert all(0 <= row["same_part"] <= 100 for row in rows)
+    assert len(written(tmp_path, "dinov2_features")) == 5
     folder = folder_of(2, tmp_path / "images")
     assert not module.main([str(dinov2_run / "backbone.pt"), "--dataset", str(folder),
                             "--size", "24", *out])
     argv = [dinov2_run / "last.pt", *out, "--images", "20"]
-    assert "--label 10" in refused("dinov2_features", capsys, *argv, "--label", "10")
+    assert "--labels [10]" in refused("dinov2_features", capsys, *argv, "--labels", "10")
     assert "--size 3" in refused("dinov2_features", capsys, *argv, "--size", "3")
 
 
 def test_dinov2_features_planted():
     """Two parts of an object on a background: cut out, whatever the sign, each part in a colour of
-    its own in every image; matched to the same part; and neighbours that are known."""
+    its own in every image; neighbours of the same part; and images that are known neighbours."""
     module, g = lesson("dinov2_features"), torch.Generator().manual_seed(0)
     far, part, *_ = torch.linalg.qr(torch.randn(12, 12, generator=g))[0]
-    kind = torch.zeros(3, 8, 8, dtype=torch.long)
+    kind = torch.zeros(4, 8, 8, dtype=torch.long)
     for i, image in enumerate(kind):
-        image[2:5, 1 + i : 6 + i], image[5:7, 1 + i : 6 + i] = 1, 2
+        shift = min(i, 2)
+        image[2:5, 1 + shift : 6 + shift], image[5:7, 1 + shift : 6 + shift] = 1, 2
     plain = torch.stack([-4 * far, 4 * far + part, 4 * far - part])[kind]
     patches = plain + 0.05 * torch.randn(plain.shape, generator=g)
     for features in (patches, -patches):
@@ -497,66 +545,72 @@ def test_dinov2_features_planted():
         assert (painted[~kept] == 0).all() and (painted[kept] > 0).all()
         first = [painted[kind == k][:, 0] for k in (1, 2)]
         assert (first[0].min() > first[1].max()) or (first[1].min() > first[0].max())
-    to = module.matches(patches[0].flatten(0, 1), patches[1].flatten(0, 1))
-    assert torch.equal(kind[0].flatten()[to], kind[1].flatten())
+    assert module.knn_by_part(patches, kind, k=5) == 100
+    other = torch.cat([kind[:3], 3 - kind[3:]])  # the last image's parts are called otherwise
+    other[kind == 0] = 0
+    assert module.knn_by_part(patches, other, k=5) == 0
     angle = torch.tensor([0.0, 1.0, 3.0, 3.1])  # of class tokens on a circle, of any length
     h = torch.stack([angle.cos(), angle.sin()], 1) * torch.tensor([[1.0], [9.0], [1.0], [5.0]])
     assert module.nearest(h, 1).flatten().tolist() == [1, 0, 3, 2]
-    truth = (kind > 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    labels = torch.zeros(3, dtype=torch.long)
-    assert module.in_numbers(patches[:, 0, 0], patches, labels, truth) == [100, 100, 100]
+    parts = kind.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert torch.equal(checkpoint.most(parts, 4), kind)
+
+
+def test_without_a_network():
+    """Colour and place of each square, by hand."""
+    x = draw(2, 3, 16, 16, dtype=torch.float32)
+    found = lesson("dinov2_features").without_network(x, 4)
+    assert {k: v.shape for k, v in found.items()} == {"colour": (2, 4, 4, 3), "place": (2, 4, 4, 2)}
+    assert close(found["colour"][1, 2, 3], x[1, :, 8:12, 12:].mean((1, 2)), 1e-6)
+    assert found["place"][0, 0, 3].tolist() == [-1, 1]
 
 
 def test_dinov2_dense(tmp_path, dinov2_run, capsys):
-    module, out = lesson("dinov2_dense"), [*DEVICE, "--out", str(tmp_path)]
+    module, out = lesson("dinov2_dense"), [*DEVICE, "--seeds", "1", "--out", str(tmp_path)]
     last = str(dinov2_run / "last.pt")
-    table = module.main([last, "--fit", "20", "--images", "15", "--shown", "2", "--size", "40",
-                         *out])
-    assert list(table)[:3] == [module.OURS, "random weights", "raw pixels"] and len(table) == 6
-    assert table["constant"]["iou_object"] == 0 < table["raw pixels"]["iou_object"]
-    assert table["truth of each patch"]["rmse"] < table["constant"]["rmse"]
-    assert len(written(tmp_path, "dinov2_dense")) == 6
+    rows = module.main([last, "--images", "40", "--shown", "2", *out])
+    table = {row["features"]: row for row in rows}
+    assert [*table] == [module.OURS, "random weights", "pixels", module.TRUTH]
+    best = table[module.TRUTH]
+    assert all(best["miou"] > row["miou"] and best["rmse"] < row["rmse"] for row in rows[:-1])
+    assert len(written(tmp_path, "dinov2_dense")) == 4
     assert "--size 3" in refused("dinov2_dense", capsys, last, "--size", "3", *out)
-    assert "--fit" in refused("dinov2_dense", capsys, last, "--fit", "2", *out)
 
 
 def test_dinov2_dense_scores():
-    """Perfect, constant and by hand."""
+    """Perfect, and by hand."""
     module, g = lesson("dinov2_dense"), torch.Generator().manual_seed(0)
-    truth, far = torch.rand(3, 4, 4, generator=g) > 0.6, torch.rand(3, 4, 4, generator=g)
-    assert module.scores(truth, far, truth, far) == {
-        "miou": 100, "iou_object": 100, "accuracy": 100, "rmse": 0}
-    empty, share = torch.zeros_like(truth), (~truth).float().mean().item()
-    assert module.scores(empty, far, truth, far)["miou"] == pytest.approx(50 * share)
-    found, depth = torch.rand(3, 4, 4, generator=g) > 0.5, torch.rand(3, 4, 4, generator=g)
+    truth, far = torch.randint(3, (3, 4, 4), generator=g), torch.rand(3, 4, 4, generator=g)
+    assert module.scores(truth, far, truth, far) == {"miou": 100, "accuracy": 100, "rmse": 0}
+    found, depth = torch.randint(3, (3, 4, 4), generator=g), torch.rand(3, 4, 4, generator=g)
     cells = list(zip(found.flatten().tolist(), truth.flatten().tolist()))
     each = [100 * sum(a == b == k for a, b in cells) / sum(k in (a, b) for a, b in cells)
-            for k in (True, False)]
+            for k in range(3)]
     errors = [(a - b) ** 2 for a, b in zip(depth.flatten().tolist(), far.flatten().tolist())]
-    said = module.scores(found, depth, truth, far)
-    assert said["miou"] == pytest.approx(sum(each) / 2)
-    assert said["iou_object"] == pytest.approx(each[0])
-    assert said["rmse"] == pytest.approx((sum(errors) / 48) ** 0.5)
+    figures = module.scores(found, depth, truth, far)
+    assert figures["miou"] == pytest.approx(sum(each) / 3)
+    assert figures["accuracy"] == pytest.approx(100 * sum(a == b for a, b in cells) / 48)
+    assert figures["rmse"] == pytest.approx((sum(errors) / 48) ** 0.5)
 
 
 def test_dinov2_dense_layers():
     """Both layers at their optimum, and on planted features what was planted."""
     module, g = lesson("dinov2_dense"), torch.Generator().manual_seed(0)
     x = module.standardised(torch.randn(60, 4, generator=g), 0.0, 1.0)
-    y, bias = torch.rand(60, generator=g), torch.tensor([0.0, 0, 0, 0, 1])
-    for fit, out in ((module.ridge, lambda s: s), (module.logistic, torch.sigmoid)):
+    y, bias = torch.rand(60, 3, generator=g).softmax(1), torch.tensor([[0.0, 0, 0, 0, 1]]).T
+    for fit, out in ((module.ridge, lambda s: s), (module.logistic, lambda s: s.softmax(1))):
         w = fit(x, y, 0.3)
         slope = x.T @ (out(x @ w) - y) / 60 + 0.3 * w * (1 - bias)
         assert slope.abs().max() < 1e-4 and fit(x, y, 1e6)[:-1].abs().max() < 1e-4
-    goals = torch.rand(2, 12, 4, 4, generator=g).round()
-    mix = torch.randn(2, 6, generator=g)
-    features = goals.permute(1, 2, 3, 0) @ mix + 0.01 * torch.randn(12, 4, 4, 6, generator=g)
-    mask, depth = module.linear(features[:8], *goals[:, :8], features[8:], 4)
-    assert torch.equal(mask > 0, goals[0, 8:] > 0.5)
-    assert (depth - goals[1, 8:]).abs().max() < 0.05
+    kinds = torch.randint(3, (12, 4, 4), generator=g)
+    far = torch.rand(12, 4, 4, 1, generator=g)
+    shares = torch.nn.functional.one_hot(kinds).float()
+    mix = torch.randn(4, 6, generator=g)
+    features = torch.cat([shares, far], 3) @ mix + 0.01 * torch.randn(12, 4, 4, 6, generator=g)
+    classes, depth = module.linear(features[:8], shares[:8], far[:8], features[8:], 4)
+    assert torch.equal(classes, kinds[8:]) and (depth - far[8:, ..., 0]).abs().max() < 0.05
     image = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).float()
-    assert module.pixels(image, 2).shape == (2, 2, 2, 12)
-    assert torch.equal(module.pixels(image, 2)[1, 0, 1], image[1, :, :2, 2:].flatten())
+    assert torch.equal(checkpoint.pixels(image, 2, 2)[1, 0, 1], image[1, :, :2, 2:].flatten())
     assert module.per_patch(image[:, 0], 2)[0, 1, 0] == image[0, 0, 2:, :2].mean()
 
 

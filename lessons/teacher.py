@@ -1,0 +1,133 @@
+"""The teacher is better than the student that it follows (DINO).
+
+Slides: "How does DINO work?", where the teacher "is just a slowly updated version of the student".
+Paper: Figure 6: during the whole training the momentum teacher is better than the student, and so
+gives it targets of a higher quality.
+
+After every epoch both networks are asked for the class of the validation images, by k-NN of h. The
+teacher's momentum m rises to 1 by half a cosine (DINO), stays at its first value, or is 0: then the
+teacher is the student of the step before.
+
+    python lessons/teacher.py
+    python lessons/teacher.py --dataset cifar10 --epochs 50
+
+Options that are not listed in --help go to dino.py. Writes lessons/teacher.csv, a line for each
+network and epoch, and lessons/teacher.png.
+"""
+
+import copy
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import common
+import dino
+from lessons import shared
+
+CLAIM = "The teacher is better than the student that it follows, while both learn"
+RISING, CONSTANT, ZERO = "rises to 1 (DINO)", "stays constant", "is 0"
+SCHEDULES = [RISING, CONSTANT, ZERO]
+KEYS = ["m", "seed", "epoch", "network", "knn_top1"]
+
+
+class TwoNets(common.Run):
+    """A run that asks student and teacher after every epoch, with this schedule of m."""
+
+    def __init__(self, schedule, args):
+        super().__init__(args)
+        self.schedule, self.found = schedule, []
+
+    def restore(self, state):
+        super().restore(state)
+        self.nets = {"student": state["net"], "teacher": state["net_ema"]}
+        self.average = copy.deepcopy(state["net_ema"])  # by this run's own m
+
+    def epochs(self, data):
+        self.data = data
+        yield from super().epochs(data)
+
+    def log(self, ok, **figures):
+        """The end of a step; the teacher has just been moved by the m that rises."""
+        super().log(ok, **figures)
+        if self.schedule != RISING:
+            m = self.args.m if self.schedule == CONSTANT else 0.0
+            dino.ema_update(self.average, self.nets["student"], torch.where(ok, m, 1.0))
+            dino.ema_update(self.nets["teacher"], self.average, m=0.0)
+
+    def end_epoch(self):
+        due = super().end_epoch()
+        if not self.stopped:  # by a signal
+            for name, net in self.nets.items():
+                self.found.append({"epoch": self.rows[-1]["epoch"], "network": name,
+                                   "knn_top1": knn(net, self.data, self)})
+        return due
+
+
+def knn(net, data, run):
+    """Top-1 in % on the validation images by the nearest training images, of h."""
+    net.eval()
+    view = dino.central(run.args.image_size)
+    fit, val = [common.embed(lambda x: net(*x)[:1], part, view, run)
+                for part in data.splits(test=False)]
+    net.train()
+    return common.knn(fit, val, k=run.args.knn_k, tau=run.args.knn_tau)
+
+
+def draw(whole, means, floor):
+    """means: a row for each schedule, network and epoch."""
+    left, right = whole.subplots(1, 2, sharey=True)
+    rising = [row for row in means if row["m"] == RISING]
+    shared.lines(left, rising, "network", "epoch", "knn_top1")
+    left.set(title="DINO", ylabel="k-NN top-1 of h, %")
+    teachers = [row for row in means if row["network"] == "teacher"]
+    shared.lines(right, teachers, "m", "epoch", "knn_top1")
+    right.set(title="teachers whose momentum ...")
+    for ax in (left, right):
+        shared.floor(ax, floor)
+        ax.legend(fontsize=9)
+
+
+def answer(rows, means):
+    """Of both networks over all epochs, and of the last teachers."""
+    leads = []
+    rising = [row for row in rows if row["m"] == RISING]
+    for seed in {row["seed"] for row in rising}:
+        top1 = {name: [row["knn_top1"] for row in rising
+                       if row["seed"] == seed and row["network"] == name]
+                for name in ("student", "teacher")}
+        lead = [t - s for s, t in zip(*top1.values())]
+        leads.append({"all": "", "lead": sum(lead) / len(lead)})
+    mean, = shared.over_seeds(leads, ["all"], ["lead"])
+    ahead = shared.compare(mean, {"lead": 0, "lead_sd": 0}, "lead") > 0
+    last = [row for row in means if row["network"] == "teacher"
+            and row["epoch"] == means[-1]["epoch"]]
+    ends = ", ".join(f"{row['knn_top1']:.0f} % where it {row['m']}" for row in last)
+    return shared.answer(ahead, f"on average over the epochs the teacher is {mean['lead']:+.1f} ± "
+                         f"{mean['lead_sd']:.1f} points ahead. By its momentum it ends at {ends}.")
+
+
+def main(argv=None):
+    p = shared.parser(__doc__, "teacher", epochs=8)
+    own, options = p.parse_known_args(argv)
+    rows, floors = [], []
+    for seed in range(own.seeds):
+        for schedule in SCHEDULES:
+            kind = functools.partial(TwoNets, schedule)
+            net, data, run = shared.train(dino, own, f"m {schedule}", seed, options, kind)
+            if not data.labelled:
+                common.fail("these images have no labels, there is nothing to ask for")
+            rows += [{"m": schedule, "seed": seed} | row for row in run.found]
+        floors.append(knn(dino.build(run.args).to(run.device), data, run))
+    shared.write_csv(f"{own.out}/teacher.csv", rows, KEYS)
+    means = shared.over_seeds(rows, ["m", "epoch", "network"], ["knn_top1"])
+    floor = sum(floors) / len(floors)
+    shared.figure(f"{own.out}/teacher.png", (9, 4.5), draw, means, floor, claim=CLAIM,
+                  answer=answer(rows, means))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
