@@ -9,8 +9,8 @@ No label and no depth was ever shown to the network. What a single linear layer 
 there before, laid out plainly; the same layer on the untrained network and on the raw pixels of the
 patch says how much of it training brought.
 
-    python dinov2.py --epochs 100
-    python lessons/dinov2_dense.py runs/dinov2-toys-s0/last.pt
+    for seed in 0 1 2; do python dinov2.py --seed $seed; done
+    python lessons/dinov2_dense.py runs/dinov2-toys-s*/last.pt
     python lessons/dinov2_dense.py dinov2_vits14_pretrain.pth --arch vit_small --patch-size 14 \\
         --image-size 518 --finer 1 --images 100
 

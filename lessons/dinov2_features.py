@@ -4,9 +4,9 @@ Slides: "DINOv2: Learning Robust Visual Features without Supervision", the colou
 Figure 1 (the first principal components of the patch tokens, over images of a category: the same
 parts get the same colour), Section 7.3 (retrieval by cosine, here of class tokens).
 
-    python dinov2.py --epochs 100
-    python lessons/dinov2_features.py runs/dinov2-toys-s0/last.pt
-    python lessons/dinov2_features.py runs/dino-toys-s0/last.pt --method dino --labels 3 8
+    python dino.py --epochs 100
+    python lessons/dinov2_features.py runs/dino-toys-s0/last.pt --method dino --labels 1 8
+    python lessons/dinov2_features.py runs/dinov2-toys-s*/last.pt
     python lessons/dinov2_features.py dinov2_vits14_reg4_pretrain.pth --registers 4 \\
         --dataset PATH --image-size 518 --finer 1
 

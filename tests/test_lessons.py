@@ -197,6 +197,36 @@ def test_moco_rows():
     assert all(v1[k] == value for k, value in moco.V1.items())
 
 
+def test_answers_of_vits_and_tasks():
+    """Rows by hand for which a claim holds, and the same in which it does not."""
+    teacher, collapse, tasks = map(lesson, ("teacher", "dino_collapse", "pretext_tasks"))
+    rows = [{"m": m, "seed": seed, "epoch": 1, "network": name, "knn_top1": top1 + seed}
+            for m in teacher.SCHEDULES for seed in range(3)
+            for name, top1 in (("student", 30), ("teacher", 35))]
+    means = shared.over_seeds(rows, ["m", "epoch", "network"], ["knn_top1"])
+    assert "+5.0 ± 0.0 points" in teacher.answer(rows, means)
+    other = {"student": "teacher", "teacher": "student"}
+    swapped = [row | {"network": other[row["network"]]} for row in rows]
+    assert teacher.answer(swapped, means).startswith("Not")
+    ends = [{"run": name, "seed": seed, "verdict": collapse.COLLAPSES.get(name, "healthy"),
+             "knn_top1": 20 + seed + 20 * (name == "DINO")}
+            for name in collapse.RUNS for seed in range(3)]
+    means = shared.over_seeds(ends, ["run"], ["knn_top1"])
+    assert collapse.answer(ends, means).startswith("Yes")
+    assert "2 of 3 runs end with a one-hot" in collapse.answer(
+        [*ends[:3], ends[3] | {"verdict": "healthy"}, *ends[4:]], means)
+    rows = [{"name": name, "seed": seed, "linear_top1": 50 + seed + (name in tasks.TASKS) * 10}
+            for name in tasks.GUARDS for seed in range(3)]
+    means = shared.over_seeds(rows, ["name"], ["linear_top1"])
+    assert tasks.of_guards(means).startswith("Yes: 5 of 5") and "no gaps 51 %" in tasks.of_guards(
+        means)
+    rows = [{"name": name, "seed": seed, "linear_top1": 50 + seed + i}
+            for i, kind in enumerate(tasks.KINDS.values()) for name in kind for seed in range(2)]
+    assert tasks.of_tasks(rows).startswith("Not") and tasks.of_tasks(
+        [row | {"linear_top1": -row["seed"] - 9 * (row["name"] in tasks.KINDS["reconstructive"])}
+         for row in rows]).startswith("Yes")
+
+
 def test_pretext_accuracy(tmp_path):
     """Three of eight queries are their own key, the others one of the queue."""
     run = lesson("moco_bn_leak").PretextRun(
