@@ -1250,8 +1250,10 @@ class Data:
         print(printable(f"{root}: {kinds[min(len(classes), 2)]}; images: {counts}; {others} other "
                         f"files ignored, folders not entered: {shortened(unused)}"))
         sample = [read_image(f, 1024) for f in files[:: len(files) // 64 + 1]]
-        sides = [min(image.shape[:2]) for image in sample if not isinstance(image, str)]
-        self.side = int(np.median(sides or [64]))
+        sample = [image for image in sample if not isinstance(image, str)]
+        self.side = int(np.median([min(image.shape[:2]) for image in sample] or [64]))
+        if sample and not any(np.ptp(image, 2).any() for image in sample):
+            print("grey images: all three channels are the same")
 
     def _split_off_test(self):
         print("no test folder: a tenth of the training images of every class is held out")

@@ -1059,6 +1059,16 @@ def test_embed_writes_every_image_once(tmp_path, memory_gb):
     assert np.abs(h - colours).max() < 1e-6
 
 
+def test_grey_images_are_named(tmp_path, capsys):
+    for i in range(3):
+        Image.new("L", (20, 20), 40 * i).save(tmp_path / f"{i}.png")
+    common.Data(str(tmp_path))
+    assert "grey images: all three channels are the same\n" in capsys.readouterr().out
+    Image.new("RGB", (20, 20), (1, 2, 3)).save(tmp_path / "3.png")
+    common.Data(str(tmp_path))
+    assert "grey images" not in capsys.readouterr().out
+
+
 def test_probes_on_another_set(tmp_path, capsys):
     """--labelled: its images are what is probed, those of --dataset train and are judged."""
     mine, labelled = tree(tmp_path / "mine", x=40), tree(tmp_path / "set", **TRAIN, test__b=7)

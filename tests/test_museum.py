@@ -20,7 +20,7 @@ def test_mistake_is_caught(mistake):
 
 
 def test_without_them_all_pass():
-    """Of every file the first one that is named, run in the same way; the suite runs all of them."""
+    """Of every file the first that is named, run in the same way; the suite runs all of them."""
     tests = sorted({m.file: m.test for m in reversed(MISTAKES)}.values())
     reports = mistakes.outcome({}, tests)
     assert not reports.failed and sorted(reports.passed) == tests
