@@ -662,6 +662,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
         net.load_state_dict(weights, strict=False)
     except RuntimeError:
         fail(f"{path} holds tensors that are sparse, quantised or without values")
+    if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
+        fail(f"{path} holds weights that are not finite")
 
 
 def rename(name, renames):

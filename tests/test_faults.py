@@ -1,6 +1,7 @@
 """What users run into: half an environment, taken ports, names that no terminal prints, layouts and
 files of other kinds. Each fault ends in one sentence, or is told, or does no harm."""
 
+import math
 import os
 import signal
 import socket
@@ -207,8 +208,9 @@ def loaded(content, tmp_path):
     {"method": "simclr", "state": {}}, {"state_dict": None}, {1: torch.zeros(2)}, {},
     {k: v.to_sparse() if v.ndim else v for k, v in NET.items()},
     {k: v.to("meta") for k, v in NET.items()}, {k: v[None] for k, v in NET.items()},
+    {k: v * math.nan if v.is_floating_point() else v for k, v in NET.items()},
     {f"{k}\n": v for k, v in NET.items()}, {k.encode(): v for k, v in NET.items()}],
-    ids="none list empty-state null numbers empty sparse meta deeper lines bytes".split())
+    ids="none list empty-state null numbers empty sparse meta deeper nan lines bytes".split())
 def test_a_checkpoint_of_another_kind_is_refused(content, tmp_path, capsys):
     fails(lambda: loaded(content, tmp_path), capsys)
 

@@ -12,7 +12,7 @@ import pytest
 from tools import METHODS, NAMES, ROOT
 
 CAPS = {"simclr": 230, "byol": 250, "moco": 290, "dino": 440, "ibot": 505, "dinov2": 585,
-        "pretext": 545, "weak": 460, "common": 980}  # lines of code
+        "pretext": 545, "weak": 460, "common": 985}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "Training",
            "Evaluation", "Backbone"]
