@@ -12,7 +12,7 @@ exp(-4) I0(4) = -1.575 where they are anywhere on the circle.
     python lessons/circle.py --epochs 50 --temperature 0.5
 
 Options that are not listed in --help go to simclr.py. Writes lessons/circle.csv, a line per seed
-and evaluation, on validation images, and lessons/circle.png: the training images of the first seed
+and evaluation, on validation images, and lessons/circle.png: training images of the first seed
 on the circle, before and after, each class on a ring of its own, and the two figures over training.
 """
 
@@ -33,10 +33,10 @@ UNIFORM = math.log(torch.special.i0e(torch.tensor(4.0)).item())
 
 
 def angles(net, data, run):
-    """Of z, in radians, for 2000 training images, and the labels of these."""
+    """Of z, in radians, for every second training image, and the labels of these."""
     net.eval()
-    view = simclr.central(run.args.image_size)
-    z, labels = common.embed(lambda x: net(*x)[1:], data.fit, view, run, limit=2000)
+    (images, index), view = data.fit, simclr.central(run.args.image_size)
+    z, labels = common.embed(lambda x: net(*x)[1:], (images, index[::2]), view, run)
     return torch.atan2(z[:, 1], z[:, 0]).cpu(), labels.cpu()
 
 
@@ -65,7 +65,7 @@ def draw(whole, means, circles):
         shared.floor(ax, *floor)
         ax.set(ylabel=key)
         ax.margins(y=0.25)
-    ax.set(xlabel="epoch")
+    ax.set(xlabel="epoch", xticks=[row["epoch"] for row in means])
 
 
 def answer(means):
