@@ -46,7 +46,8 @@ def draw(whole, columns, queries, bank, size):
     images, chosen = queries
     widths = [1, *([n.shape[1] for n in columns.values()])]
     axes = whole.subplots(1, len(widths), width_ratios=widths)
-    axes[0].imshow(torch.cat([tile(images, i, size) for i in chosen]).numpy())
+    axes[0].imshow(torch.cat([tile(images, i, size) for i in chosen]).numpy(),
+                   interpolation="nearest")
     axes[0].set_title("image")
     for ax, (title, nearest) in zip(axes[1:], columns.items()):
         rows = []
@@ -54,7 +55,7 @@ def draw(whole, columns, queries, bank, size):
             right = [bool(bank.labels[j] == images.labels[i]) for j in row]
             colors = [(0.2, 0.7, 0.3) if r else (0.85, 0.3, 0.25) for r in right]
             rows.append(torch.cat([tile(bank, j, size, c) for j, c in zip(row, colors)], 1))
-        ax.imshow(torch.cat(rows).numpy())
+        ax.imshow(torch.cat(rows).numpy(), interpolation="nearest")
         ax.set_title(title)
     for ax in axes:
         ax.axis("off")
