@@ -57,7 +57,7 @@ from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
 # Options
 # ==================================================================================================
 
-NETS = one_of(["convnet", "resnet18", "resnet34", "resnet50"])
+NETS = one_of(["convnet", "convnet_wide", "resnet18", "resnet34", "resnet50"])
 TWO_SHARES = SHARE | {"nargs": 2}
 
 
@@ -127,11 +127,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageN
 
 
 def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
-    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for the built-in
-    set, four convolutions."""
-    if arch == "convnet":
+    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for a CPU,
+    four convolutions."""
+    if arch.startswith("convnet"):
+        widths = (48, 96, 192, 192) if arch == "convnet_wide" else (24, 48, 96, 96)
         layers, inputs = [], 3
-        for outputs, stride in ((24, 2), (48, 2), (96, 2), (96, 1)):
+        for outputs, stride in zip(widths, (2, 2, 2, 1)):
             conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
             layers += [conv, norm_layer(outputs), nn.ReLU()]
             inputs = outputs

@@ -78,7 +78,7 @@ from common import FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
 # Options
 # ==================================================================================================
 
-NETS = one_of(["convnet", "resnet18", "resnet34", "resnet50"])
+NETS = one_of(["convnet", "convnet_wide", "resnet18", "resnet34", "resnet50"])
 NETWORKS = {  # task: the network of the method, perhaps its peer, those of floor and ceiling
     "labeling": ["label_model", "majority", "truth"],
     "bags": ["bags", "mean", "images"],  # the last one is told which images are positive
@@ -153,11 +153,12 @@ MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network sees RGB in [0, 1] a
 
 
 def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
-    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for the built-in
-    set, four convolutions."""
-    if arch == "convnet":
+    """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for a CPU,
+    four convolutions."""
+    if arch.startswith("convnet"):
+        widths = (48, 96, 192, 192) if arch == "convnet_wide" else (24, 48, 96, 96)
         layers, inputs = [], 3
-        for outputs, stride in ((24, 2), (48, 2), (96, 2), (96, 1)):
+        for outputs, stride in zip(widths, (2, 2, 2, 1)):
             conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
             layers += [conv, norm_layer(outputs), nn.ReLU()]
             inputs = outputs

@@ -32,10 +32,14 @@ import common
 COURSE = """simclr lr_at, byol ema_update, byol m_at, dino update_center, moco dequeue_and_enqueue,
     byol byol_loss, pretext rotate, pretext cross_entropy, pretext classification,
     pretext masked_l2, pretext cpc_loss, pretext rebalance, pretext soft_cross_entropy,
-    moco info_nce, simclr nt_xent, simclr LARS.step, dino tau_at, dino cosine, dino entropy, dino H,
-    dino dino_loss, ibot patch_loss, ibot ibot_loss, ibot block_mask, dinov2 distillation,
+    moco info_nce, simclr nt_xent, simclr LARS.step,
+    moco SplitBatchNorm2d.forward, dino tau_at, dino cosine, dino entropy, dino H,
+    dino dino_loss, ibot patch_loss, ibot ibot_loss, ibot block_mask, ibot draw_masks,
+    dinov2 distillation,
     dinov2 class_loss, dinov2 masked_loss, dinov2 mean_entropy, dinov2 koleo,
-    dinov2 sinkhorn_knopp, dinov2 targets"""
+    dinov2 sinkhorn_knopp, dinov2 targets, weak keep_rate, weak transition, weak noise_aware_loss,
+    weak bag_loss, weak attention_pool, weak posterior, weak triplets, weak small_loss,
+    weak coteaching_losses, weak fixmatch_loss"""
 COURSE = [tuple(exercise.split()) for exercise in COURSE.split(",")]
 HEADER = "# Exercise: write {} of {}.py, then python -m pytest exercises -k {}\n"
 
@@ -91,6 +95,17 @@ def run_lars(module):
     return [p.detach() for p in w]
 
 
+def run_split_norm(module):
+    """Two steps of four parts and one in eval mode -> outputs and statistics."""
+    norm = module.SplitBatchNorm2d(3, 4).double()
+    out = [norm(plain(8, 3, 2, 2, seed=step) + step) for step in range(2)]
+    out.append(norm.eval()(plain(8, 3, 2, 2)))
+    return [*map(torch.Tensor.detach, out), norm.running_mean, norm.running_var]
+
+
+OBJECTS = {"LARS.step": run_lars, "SplitBatchNorm2d.forward": run_split_norm}
+
+
 def times(*rest):
     """Arguments of a schedule at some of its 20 steps."""
     return [(step, 20, *rest) for step in (0, 1, 4, 5, 9, 10, 13, 19)]
@@ -100,6 +115,10 @@ MASK = torch.tensor([[True, False, True, True, False], [False] * 5, [True] + [Fa
 STUDENT, TEACHER = [z(4, 6, seed=i) for i in range(3)], [z(4, 6, seed=i + 3) for i in range(2)]
 BOTH = [plain(1, 1, 6, seed=9)[0], 0.1, 0.05]  # centre, tau_s, tau_t
 PATCHES = [[z(3, 5, 6, seed=i), z(3, 5, 6, seed=i + 1)] for i in (20, 30)]
+MASKING = SimpleNamespace(seed=0, batch_size=4, mask_crops=0.5, mask_ratio=[0.1, 0.5],
+                          random_masks=False, image_size=28, patch_size=4)
+THERE = torch.arange(5) < torch.tensor([[5], [2], [1]])  # images of three bags
+VOTES = ((plain(200, 1) > 0) ^ (plain(200, 4, seed=1) < torch.tensor([-1, -1, -0.5, 0.7]))).long()
 INPUTS = {  # by function: arguments of some calls
     "lr_at": times(5, 0.3) + times(0, 0.3),
     "m_at": times(0.9) + times(0.0),
@@ -134,6 +153,18 @@ INPUTS = {  # by function: arguments of some calls
                        (z(5, 4), 0.5, 3, lambda x: torch.cat([x, x.flip(1)]))],
     "targets": [(z(5, 4), plain(1, 4), 0.5, how) for how in ("sinkhorn", "center")],
     "mean_entropy": [(q(4, 6),)],
+    "draw_masks": [(5, MASKING, SimpleNamespace(rank=rank, world=2)) for rank in range(2)],
+    "keep_rate": [(epoch, 0.4, 5) for epoch in (0, 1, 3, 5, 9)],
+    "transition": [("symmetric", 0.5, 4), ("pair", 0.45, 5)],
+    "noise_aware_loss": [(z(4, 5), q(4, 5, seed=1))],
+    "bag_loss": [(z(3, 5), plain(3, 5, seed=1) > 0, THERE)],
+    "attention_pool": [(z(3, 5, 4), THERE, z(3, 4, seed=1), z(3, seed=2), *U)
+                       for U in ((), (z(3, 4, seed=3),))],
+    "posterior": [(torch.tensor([[0, -1, 2], [1, 1, -1], [-1, 0, 0]]), q(3, 3, 4))],
+    "triplets": [(VOTES,)],
+    "small_loss": [(plain(9), 0.7), (plain(20), 0.55)],
+    "coteaching_losses": [(z(9), z(9, seed=1), 0.7)],
+    "fixmatch_loss": [((3 * plain(8, 4)).requires_grad_(), z(8, 4, seed=1), 0.8)],
 }
 
 # ---- what a function does to them ----------------------------------------------------------------
@@ -155,8 +186,8 @@ def tensors(x):
 def results(module, function):
     """What the function of this module returns, its gradients, and the inputs afterwards: pairs of
     a verb and numbers."""
-    if function == "LARS.step":
-        return [("leaves", w) for w in run_lars(module)]
+    if function in OBJECTS:
+        return [("leaves", x) for x in OBJECTS[function](module)]
     found = []
     for args in copy.deepcopy(INPUTS[function]):
         out = getattr(module, function)(*args)

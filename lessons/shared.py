@@ -12,10 +12,11 @@ import torch
 import common
 
 
-def parser(doc, name, epochs):
+def parser(doc, name, epochs=None):
     """The options of a lesson; what it does not know goes to the method."""
     p = common.Parser(description=doc.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--epochs", **common.FROM_1, default=epochs, help=f"of each run ({epochs})")
+    if epochs:
+        p.add_argument("--epochs", **common.FROM_1, default=epochs, help=f"of each run ({epochs})")
     p.add_argument("--seeds", **common.FROM_1, default=3, help="number of seeds (3)")
     p.add_argument("--runs", default=f"runs/lessons/{name}", help="folder of the runs")
     p.add_argument("--out", default=Path(__file__).parent, help="folder of CSV and PNG")

@@ -30,9 +30,9 @@ class Mistake(NamedTuple):
     record: str  # "owner/repository#number", a commit or a paper; "": none found
 
 
-SIMCLR, MOCO, BYOL, DINO, IBOT, DINOV2, PRETEXT, COMMON = (
+SIMCLR, MOCO, BYOL, DINO, IBOT, DINOV2, PRETEXT, WEAK, COMMON = (
     f"tests/test_{name}.py::"
-    for name in "simclr moco byol dino ibot dinov2 pretext common".split())
+    for name in "simclr moco byol dino ibot dinov2 pretext weak common".split())
 
 MISTAKES = [
     # ---- simclr.py -------------------------------------------------------------------------------
@@ -297,6 +297,10 @@ MISTAKES = [
             IBOT + "test_patch_loss_equation",
             "Released codes differ here, and a reader could not tell which of them is the paper.",
             "facebookresearch/dinov3#302"),
+    Mistake("your masks depend on those of the images before", "ibot.py", "draw_masks",
+            "generator.manual_seed(seed)", "generator",
+            IBOT + "test_draw_masks",
+            "With two processes an image has another mask than with one.", ""),
     Mistake("your loss is on the patches that can be seen", "ibot.py", "patch_loss",
             "(losses * mask)", "(losses * ~mask)",
             IBOT + "test_patch_loss_equation",
@@ -396,6 +400,68 @@ MISTAKES = [
             "            live.copy_(good)\n", "",
             COMMON + "test_update_skips_what_is_not_finite[input-sgd]",
             "One NaN, skipped by the optimiser, and every later evaluation is NaN.", ""),
+    # ---- weak.py ---------------------------------------------------------------------------------
+    Mistake("your label model takes a vote for class 0 for none", "weak.py", "posterior",
+            "1 + vote]", "1 + torch.where(vote == 0, -1, vote)]",
+            WEAK + "test_posterior_equation",
+            "Classes had to be counted from 1, while answers were counted from 0.",
+            "snorkel-team/snorkel#1093"),
+    Mistake("your sources cannot be worse than chance", "weak.py", "triplets",
+            "size * E.nansum(1).sign()", "size",
+            WEAK + "test_triplets",
+            "A source that is wrong more often than right is trusted as if it were right.", ""),
+    Mistake("your attention gives padding a share", "weak.py", "attention_pool",
+            ".masked_fill(~mask, -math.inf)", "",
+            WEAK + "test_attention_pool_equation",
+            "Weights of a bag depend on how long the longest one in the batch is.",
+            "jamesmullenbach/caml-mimic#13"),
+    Mistake("your loss counts padding as images", "weak.py", "bag_loss",
+            "(losses * mask).sum() / mask.sum()", "losses.mean()",
+            WEAK + "test_bag_loss_equation",
+            "Short bags push the network to answer no.", ""),
+    Mistake("your loss takes the likeliest label as certain", "weak.py", "noise_aware_loss",
+            "cross_entropy(s, target)", "cross_entropy(s, target.argmax(1))",
+            WEAK + "test_noise_aware_loss_equation",
+            "It still learns; what the label model knew of its doubts is lost.", ""),
+    Mistake("your wrong labels are right at times", "weak.py", "transition",
+            "(1 - right) / (classes - 1)", "torch.ones_like(right) / classes",
+            WEAK + "test_transition",
+            "Of ten classes' labels at a rate of 50 % only 45 % are wrong.", ""),
+    Mistake("you drop images from the first epoch", "weak.py", "keep_rate",
+            "1 - min(epoch / warmup * tau, tau)", "1 - tau",
+            WEAK + "test_keep_rate",
+            "Losses of an untrained network choose what it learns from.", ""),
+    Mistake("you keep the images with the largest losses", "weak.py", "small_loss",
+            "largest=False", "largest=True",
+            WEAK + "test_coteaching_is_algorithm_1",
+            "The share of right labels among those kept falls.", ""),
+    Mistake("your networks learn what they chose themselves", "weak.py", "coteaching_losses",
+            "losses_f[kept_by_g].mean(), losses_g[kept_by_f].mean()",
+            "losses_f[kept_by_f].mean(), losses_g[kept_by_g].mean()",
+            WEAK + "test_coteaching_is_algorithm_1",
+            "Each confirms its own errors, as one network alone does.", ""),
+    Mistake("you divide the loss of the kept images by their number twice", "weak.py",
+            "coteaching_losses",
+            "losses_f[kept_by_g].mean(), losses_g[kept_by_f].mean()",
+            "losses_f[kept_by_g].mean() / len(kept_by_g), losses_g[kept_by_f].mean() / "
+            "len(kept_by_f)",
+            WEAK + "test_coteaching_is_algorithm_1",
+            "The rate is smaller by the size of a batch than what was asked for.",
+            "xingruiyu/coteaching_plus#1"),
+    Mistake("your loss is the mean over accepted images alone", "weak.py", "fixmatch_loss",
+            "torch.where(certainty >= threshold, losses, 0.0).mean()",
+            "losses[certainty >= threshold].mean()",
+            WEAK + "test_fixmatch_equation",
+            "At first a few images have the weight of all; with none it is NaN.", ""),
+    Mistake("your pseudo-labels come from the strong view", "weak.py", "fixmatch_loss",
+            "weak_logits.detach()", "strong_logits.detach()",
+            WEAK + "test_fixmatch_equation",
+            "The network is told what it says already.", ""),
+    Mistake("your unlabelled images leave out the labelled ones", "weak.py", "pseudo",
+            "(index.unsqueeze(1), args", "(index[~torch.isin(index, few)].unsqueeze(1), args",
+            WEAK + "test_few_labels",
+            "A port did, where the paper's code does not; asked about again and again.",
+            "kekmodel/FixMatch-pytorch#10"),
 ]
 
 

@@ -378,16 +378,34 @@ def refused(name, capsys, *argv):
     return fails(lambda: lesson(name).main([str(a) for a in argv]), capsys)
 
 
-def test_finetune(tmp_path, monkeypatch):
+def test_few_labels(tmp_path, monkeypatch):
+    """The four ways learn from so many labels and no more, not from validation images, either; the
+    test images are not read before all is chosen."""
     untrained(simclr, tmp_path)
-    module = lesson("finetune")
-    monkeypatch.setattr(module, "SHARES", (1.0, 0.1))  # a third takes as long again
+    module, read, fitted = lesson("few_labels"), [], []
+    monkeypatch.setattr(module, "outputs", lambda net, part, run, outputs=module.outputs: (
+        read.append(part[0]), outputs(net, part, run))[1])
+    monkeypatch.setattr(simclr, "regression_path", lambda x, *given, path=simclr.regression_path: (
+        fitted.append(len(x)), path(x, *given))[1])
     rows = module.main([
-        str(tmp_path / "backbone.pt"), *TINY,
-        *"--seeds 1 --min-steps 2 --lrs 0.1 --batch-size 16".split(),
+        str(tmp_path / "backbone.pt"), *TINY, *"--labels 1 2 --choose-at 2 --updates 2".split(),
+        *"--seeds 2 --lrs 0.1 0.2 --batch-size 16".split(),
         "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
-    assert len(rows) == 6 and {row["start"] for row in rows} >= {"fine-tuned", "frozen"}
-    assert len(written(tmp_path, "finetune")) == 6
+    assert len(rows) == 2 * 2 * 4 and len({row["how"] for row in rows}) == 4
+    assert all(0 <= row["test_top1"] <= 100 for row in rows)
+    assert len(written(tmp_path, "few_labels")) == 16
+    assert max(fitted) <= 2 * 10 and len(fitted) == 2 + 2 * 2 * 2
+    assert not any(images is read[-1] for images in read[: 2 * 2 + 2 * 2])
+
+
+def test_subset_of_few_labels():
+    module, labels = lesson("few_labels"), torch.arange(60) % 3
+    pool = torch.arange(0, 60, 2)
+    few, more = (module.subset(labels, pool, each, seed=1) for each in (2, 5))
+    assert torch.equal(labels[few].bincount(), torch.tensor([2, 2, 2])) and not (few % 2).any()
+    assert set(few.tolist()) < set(more.tolist())  # the draws are nested
+    assert set(few.tolist()) != set(module.subset(labels, pool, 2, seed=2).tolist())
+    assert len(module.subset(labels, pool, 500, seed=1)) == len(pool)
 
 
 @pytest.mark.parametrize("method", [byol, ibot, dinov2], ids=lambda method: method.__name__)
