@@ -548,8 +548,10 @@ class Run:
             "train_seconds": self.seconds, "total_seconds": time.perf_counter() - self.begun,
             "images_per_second": self.step * self.args.batch_size / max(self.seconds, 1e-9),
             "peak_memory_mb": torch.cuda.max_memory_allocated() / 2**20}  # 0 without CUDA
+        of_weak = dict.fromkeys(k for row in self.rows for k in row
+                                if k.endswith(("_accuracy", "_auc")))
         curves(self.folder / "curves.png", self.rows, {
-            "loss": [*self.chance], "validation, %": ["linear_top1", "knn_top1"],
+            "loss": [*self.chance], "validation, %": [*of_weak] or ["linear_top1", "knn_top1"],
             "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
         write(self.folder / "results.json", to_json(results))
         print(f"{results['total_seconds']:.0f} s in all, {self.seconds:.0f} s of training, "

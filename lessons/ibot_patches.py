@@ -38,7 +38,7 @@ import common
 import ibot
 from lessons import checkpoint, shared
 
-CLAIM = "Patch tokens find the same place in another view and the same part in another thing"
+CLAIM = "A patch token says what its patch is part of: in another view it finds its place again"
 OURS, PAIRS = "iBOT", "random pairs"
 KEYS = ["features", "seed", "same_place", "same_part"]
 
@@ -162,13 +162,14 @@ def draw(whole, shown, means, side):
 
 def answer(means, count):
     """count: of checkpoints."""
-    ours, parts, holds = means[0], [], True
+    ours, parts, wins = means[0], [], []
     for key in [key for key in KEYS[2:] if not math.isnan(ours[key])]:
         best = max(means[1:], key=lambda row: row[key])
-        holds = holds and shared.compare(ours, best, key) > 0
-        parts.append(f"{ours[key]:.0f} % of the {key.replace('_', ' ')}, by {best['features']} "
+        wins.append(shared.compare(ours, best, key) > 0)
+        parts.append(f"{ours[key]:.0f} % are of the {key.replace('_', ' ')}, by {best['features']} "
                      f"{best[key]:.0f} %")
-    return shared.answer(holds, f"of the matches {'; '.join(parts)} ({count} run(s) of iBOT).")
+    other = f"; in another thing of its class {parts[1]}" if parts[1:] else ""
+    return shared.answer(wins[0], f"of the matches {parts[0]}{other} ({count} run(s) of iBOT).")
 
 
 def main(argv=None):

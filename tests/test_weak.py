@@ -692,12 +692,17 @@ FIGURES = {
 @pytest.mark.parametrize("task, more", [
     ("labeling", ""), ("bags", "--bag-size 4"), ("bags", "--bag-size 4 --pool gated"),
     ("noisy", "--eval-every 1"), ("pseudo", "--labels 2"), ("pseudo", "--strength 0.5")])
-def test_a_run(task, more, tmp_path):
-    """Every network moves, each by its own loss, and the figures of all are there."""
+def test_a_run(task, more, tmp_path, monkeypatch):
+    """Every network moves, each by its own loss, and the figures of all are there, those of every
+    evaluation as curves, too."""
+    drawn = {}
+    monkeypatch.setattr(common, "curves", lambda path, rows, panels: drawn.update(panels))
     argv = [*SHORT, "--task", task, *more.split(), "--out", tmp_path / "run"]
     results, out = quiet(weak, argv)
     for k in FIGURES[task].split():
         assert 0 <= results[k] <= 100 and f"  {k.replace('_', ' ')} " in out
+    if task == "noisy":
+        assert set(drawn["validation, %"]) == set(FIGURES[task].split()[:4])
     *_, floor, ceiling = weak.NETWORKS[task]
     assert out.count(f"floor: {floor}, ceiling: {ceiling}") >= 1
     args = completed(weak, argv[:-2])
