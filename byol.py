@@ -30,7 +30,7 @@ Where this file departs from the paper and the released code:
   - The last batch norm of a residual block starts at one (released code: at zero). No linear
     classifier is trained along with the network (released code: one on h, without gradient to h).
   - SGD, unlike LARS, decays biases and batch norm as well.
-  - Warm-up is a share of the run, and its first rate is not 0, as it is in the released code.
+  - Warm-up is a share of the run and starts above 0 (released code: at 0).
   - Larger images follow the released code's preset for 100 epochs (paper: 300 and 1000), with a
     batch for one GPU (paper: 4096). Images up to 64 pixels are trained by SGD without blur, as in
     lightly's CIFAR-10 benchmark.
@@ -249,8 +249,8 @@ class LARS(torch.optim.SGD):
         g = [p.grad for p in w]
         torch._foreach_add_(g, w, alpha=self.decay)  # g + wd w
         w_norm, g_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
-        trust = torch.where(w_norm * g_norm > 0, self.eta * w_norm / g_norm, 1.0)
-        torch._foreach_mul_(g, list(trust))
+        r = torch.where(w_norm * g_norm > 0, self.eta * w_norm / g_norm, 1.0)
+        torch._foreach_mul_(g, list(r))
         super().step()
 
 
@@ -414,12 +414,12 @@ def evaluate(net, data, args, run, test=False):
     results = common.health(*common.embed(two_views, data.val, crops(args), run, limit=1024))
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
-        splits = data.splits(test)
+        splits, few = data.splits(test), data.splits(test, most=10_000)
         results |= accuracies(lambda x: net(*x)[:2], ["", "head_"], view, splits, run)
     if data.labelled and test:
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
-        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, few, run)
     if test:
         common.export(lambda x: net(*x)[:1], data, view, run)  # with --embed
     net.train()

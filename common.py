@@ -176,23 +176,36 @@ def options(method, doc, table, argv=None):
 
 
 def show_value(value):
-    """0.5 -> '0.5', (1.0, 0.1) -> '1.0 0.1', a function -> its name."""
+    """0.5 -> '0.5', (1.0, 0.1) -> '1.0 0.1', a function -> 'computed'."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
-    return value.__name__ if callable(value) else str(value)
+    return "computed" if callable(value) else str(value)
 
 
 def load_data(args, table, run):
-    """Find the set, take what is left open in args from its column of the table, read it.
+    """Find the set, take what is left open in args from the run of --eval and from the set's
+    column of the table, read the set.
 
-    Without a GPU images up to 64 pixels have the recipe of the built-in set.
+    What counts is the size at which images are seen: that of the set, or --image-size. Up to 64
+    pixels they have the recipe of the built-in set where there is no GPU.
     """
+    if args.eval:
+        found = read_checkpoint(args.eval)
+        made = found.get("meta", found.get("args"))
+        if isinstance(made, dict):  # of a run here, not of a released file
+            for name in table:
+                if getattr(args, name) is None:
+                    setattr(args, name, made.get(name))
     data = Data(args.dataset, args.data_dir, args.limit)
-    column = 0 if data.side is None else 1 if data.side <= 64 else 2
-    if column == 1 and run.device.type == "cpu":
-        column = 0
-        print(f"no GPU, so a recipe for a CPU, not arch={table['arch'][1]} "
-              f"epochs={table['epochs'][1]} of the one for images up to 64 pixels")
+    side = min(data.side or 0, args.image_size or math.inf)
+    column = 0 if data.side is None else 1 if side <= 64 else 2
+    if column and run.device.type == "cpu":
+        if column == 1:
+            print(f"no GPU, so a recipe for a CPU, not arch={table['arch'][1]} "
+                  f"epochs={table['epochs'][1]} of the one for images up to 64 pixels")
+            column = 0
+        else:
+            print("no GPU, and this recipe is for one: --image-size 64 takes one for a CPU")
     for name, row in table.items():  # in order: a function may use the rows above its own
         if getattr(args, name) is None:
             value = row[column]
@@ -528,7 +541,7 @@ class Run:
             print("\ntop-1 in % on the test images         linear   k-NN")
             for label, prefix in (("h, before the head", ""), ("z, after the head", "head_"),
                                   ("h of the untrained network", "untrained_"),
-                                  ("raw pixels, at most 32 x 32", "pixels_")):
+                                  ("raw pixels, at most 10,000 images", "pixels_")):
                 print(f"{label:36} {tops[prefix + 'linear']:8.1f} {tops[prefix + 'knn']:6.1f}")
         elif self.rows and not test:
             self.rows[-1] |= results
@@ -1294,10 +1307,14 @@ class Data:
         images = self.load("test")  # when first asked for
         return images, torch.arange(len(images.labels))
 
-    def splits(self, test):
-        """(images, index) of fit and val, or of fit, val and test."""
-        probed = self.probed
-        return [probed.fit, probed.val] + ([probed.test] if test else [])
+    def splits(self, test, most=math.inf):
+        """(images, index) of fit and val, or of fit, val and test; at most so many of each, from
+        all over it."""
+        probed, splits = self.probed, []
+        for images, index in [probed.fit, probed.val] + ([probed.test] if test else []):
+            n = min(most, len(index))
+            splits.append((images, index[torch.arange(n) * len(index) // n]))
+        return splits
 
     def load(self, split):
         """The Images of a split: in memory, on the device, or as files where that would take more

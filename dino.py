@@ -20,7 +20,7 @@ Algorithm 1 of the paper with multi-crop, for a batch of N images:
 Symbols: x_i (N, 3, S, S) views in [0, 1]; h (V N, d) class tokens of V views; z (V N, 256) unit
 vectors before the last layer; s, t (N, K) raw outputs of student and teacher for a view; C (1, K)
 centre; tau_s, tau_t temperatures; m, m_C momenta (slide: l, m). net is g_s, net_ema is g_t, the one
-that is kept. In a ViT: P side of a patch, T patches of a view, D = d.
+that is kept. In a ViT: P side of a patch, T patches of a view, D = d wide.
 
 Where this file departs from the paper and the released code:
   - tau_t is scheduled by steps (released code: by epochs). Warm-ups are shares of the run, and the
@@ -421,7 +421,7 @@ def train(args, run):
             ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
             ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA; a skipped step: m = 1
             center.copy_(update_center(center, run.mean(t.mean(0, keepdim=True)), center_m))
-            undo(unless=ok)  # else C and batch norm's statistics as before the step
+            undo(unless=ok)
             run.log(ok, loss=loss, entropy=t_entropy, kl=loss - t_entropy, lr=lr, m=m, wd=wd,
                     tau_t=tau_t)
         # -- log and save
@@ -527,12 +527,12 @@ def evaluate(net, data, args, run, test=False):
     results["verdict"] = teacher_verdict(results["verdict"], run, args.out_dim)
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
-        splits = data.splits(test)
+        splits, few = data.splits(test), data.splits(test, most=10_000)
         results |= accuracies(lambda x: net(*x)[:2], ["", "head_"], view, splits, run)
     if data.labelled and test:
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
-        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, few, run)
     if test:
         common.export(lambda x: net(*x)[:1], data, view, run)  # with --embed
     net.train()
@@ -571,15 +571,15 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, T, 3, heads, D / heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, 1 + T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, D / heads) each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (N, T, D) -> same. In training each residual branch is dropped
-    with probability drop_path."""
+    """Pre-norm transformer block: (N, 1 + T, D) -> same. In training each residual branch is
+    dropped with probability drop_path."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()

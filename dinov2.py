@@ -722,12 +722,12 @@ def evaluate(net, data, args, run, test=False):
     results["verdict"] = teacher_verdict(results["verdict"], run, args.out_dim)
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
-        splits = data.splits(test)
+        splits, few = data.splits(test), data.splits(test, most=10_000)
         results |= accuracies(lambda x: net(*x)[:2], ["", "head_"], view, splits, run)
     if data.labelled and test:
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
-        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, few, run)
     if test:
         common.export(lambda x: net(*x)[:1], data, view, run)  # with --embed
     net.train()
@@ -773,7 +773,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, T, 3, heads, D / heads)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, 1 + T, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, D / heads) each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
@@ -805,7 +805,7 @@ class SwiGLU(nn.Module):
 
 
 class ScaledBlock(nn.Module):
-    """Pre-norm transformer block with LayerScale: (N, T, D) -> same. In training each residual
+    """Pre-norm transformer block with LayerScale: (N, 1 + T, D) -> same. In training each residual
     branch is computed for a random part of the images alone, without a share of drop_path."""
 
     def __init__(self, dim, heads, ffn="mlp", layer_scale=1.0, drop_path=0.0):
@@ -827,7 +827,7 @@ class ScaledBlock(nn.Module):
         return self.add(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
     def add(self, x, branch):
-        """x + branch(x): (N, T, D)."""
+        """x + branch(x): (N, 1 + T, D)."""
         if not self.training or self.drop_path == 0:
             return x + branch(x)
         n = len(x)

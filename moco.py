@@ -472,12 +472,12 @@ def evaluate(net, data, args, run, test=False):
         results["verdict"] = f"{filling}, {results['verdict']}"
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
-        splits = data.splits(test)
+        splits, few = data.splits(test), data.splits(test, most=10_000)
         results |= accuracies(lambda x: net(*x), ["", "head_"], view, splits, run)
     if data.labelled and test:
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
-        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, few, run)
     if test:
         common.export(lambda x: net(*x)[:1], data, view, run)  # with --embed
     net.train()

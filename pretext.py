@@ -931,13 +931,13 @@ def evaluate(net, data, args, run, test=False):
         least=0.1 if args.task == "view" else 0.02)
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
-        splits = data.splits(test)
+        splits, few = data.splits(test), data.splits(test, most=10_000)
         results |= accuracies(lambda x: features(net, *x, args), ["", "head_"], view, splits, run)
     if data.labelled and test:
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: features(floor, *x, args)[:1], ["untrained_"], view, splits,
                               run)
-        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, few, run)
     if test:
         common.export(lambda x: features(net, *x, args)[:1], data, view, run)  # with --embed
     net.train()

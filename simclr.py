@@ -25,9 +25,9 @@ Where this file departs from the paper and the released code:
     (released code: three layers by default, batch norm after each, normal with deviation 0.01). The
     last batch norm of a residual block starts at one (released code: at zero).
   - LARS multiplies by the learning rate after the momentum (released code: before). The two are
-    the same while the rate is constant. SGD, unlike LARS, decays biases and batch norm as well
-    (released code: biases alone).
-  - Warm-up is a share of the run, and its first rate is not 0, as it is in the released code.
+    the same while the rate is constant. SGD decays all parameters (released code: not those of
+    batch norm).
+  - Warm-up is a share of the run and starts above 0 (released code: at 0).
   - The loss is the mean over the 2N anchors, as in the paper (released code: twice that).
   - Small images are trained by SGD with temperature 0.2 (released command for CIFAR-10: LARS, 0.5).
     The choice is ours: rate and weight decay are those of solo-learn's MoCo v2+ for CIFAR-10, the
@@ -194,9 +194,9 @@ def nt_xent(z1, z2, tau):
 class LARS(torch.optim.SGD):
     """Layer-wise adaptive rate scaling (You et al. 2017). Test: test_lars_equation.
 
-        v <- mu v + eta |w| / |g + wd w| (g + wd w),   w <- w - lr v      for each tensor w
+        r = eta |w| / |g + wd w|,   v <- mu v + r (g + wd w),   w <- w - lr v    of each tensor w
 
-    With w or the gradient 0 the factor is 1. Biases and batch norm (one dimension): v <- mu v + g.
+    Where w or its gradient g is 0, r is 1. Biases and batch norm (one dimension): v <- mu v + g.
     """
 
     def __init__(self, params, lr, momentum, weight_decay, eta=0.001):
@@ -209,8 +209,8 @@ class LARS(torch.optim.SGD):
         g = [p.grad for p in w]
         torch._foreach_add_(g, w, alpha=self.decay)  # g + wd w
         w_norm, g_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
-        trust = torch.where(w_norm * g_norm > 0, self.eta * w_norm / g_norm, 1.0)
-        torch._foreach_mul_(g, list(trust))
+        r = torch.where(w_norm * g_norm > 0, self.eta * w_norm / g_norm, 1.0)
+        torch._foreach_mul_(g, list(r))
         super().step()
 
 
@@ -355,12 +355,12 @@ def evaluate(net, data, args, run, test=False):
     results = common.health(*common.embed(two_views, data.val, crops(args), run, limit=1024))
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
-        splits = data.splits(test)
+        splits, few = data.splits(test), data.splits(test, most=10_000)
         results |= accuracies(lambda x: net(*x), ["", "head_"], view, splits, run)
     if data.labelled and test:
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
-        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, few, run)
     if test:
         common.export(lambda x: net(*x)[:1], data, view, run)  # with --embed
     net.train()

@@ -1,6 +1,6 @@
 """Weak supervision: labels that are rules, of whole bags, wrong, or few
 Data programming: Ratner, De Sa, Wu, Selsam, Re, NeurIPS 2016, https://arxiv.org/abs/1605.07723,
-and five others
+and others, named below
 Slides: "Weak Supervised Learning (WSL)" and "How can we do Weak Supervised Learning?".
 
 A classifier is wanted and there are no good labels for it. Labels of another kind are cheap, and a
@@ -44,7 +44,7 @@ Where this file departs from the papers:
     answer (Dawid & Skene 1979), for it abstains more often for some classes than for others;
     --label-model em is the paper's, with one accuracy a source. triplets: the median of all.
   - bags: L = 64 (paper: 128), no biases in the attention (released code: with), several bags a step
-    (released code: one). A bag is a run of shuffled images, every image is in one.
+    (released code: one). Shuffled images are cut into bags, each is in one.
   - noisy: at least R(T) N images are kept, as in the paper (released code: rounded down), and the
     loss is their mean (released code: divided by their number once more). T counts from 0.
   - pseudo: strong views are smaller crops with jitter (paper: RandAugment or CTAugment, then
@@ -52,7 +52,7 @@ Where this file departs from the papers:
     average of the weights, and the rate falls to 0 (paper: to about 0.2 of its peak). Lee's loss is
     that of --threshold 0, there of one view and with a growing weight.
   - With several GPUs each selects among its own images.
-  - No linear probe, as in the other files: what is evaluated is the classifier itself.
+  - What is evaluated is the classifier itself; there is no linear probe.
 
     python weak.py --task ...    test accuracy in %, of bags AUC; seed 0, one run each, on a CPU
                 method   floor   ceiling
@@ -96,15 +96,15 @@ OPTIONS = {  # fmt: skip
     "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"}, "labeling: a file"),
     "label_model":  ("by-class",  "em",        "em",        "em|by-class|triplets", "labeling"),
     "pool":         ("attention", "attention", "attention", "attention|gated|max|mean|noisy-or",
-                     "bags: how many images make one answer"),
+                     "bags: how they are pooled"),
     "positive":     (0,           0,           0,           FROM_0,         "bags: class to find"),
-    "bag_size":     (10,          10,          10,          FROM_2,         "bags: most images"),
+    "bag_size":     (10,          10,          10,          FROM_2,         "bags: images at most"),
     "noise":        ("symmetric", "symmetric", "symmetric", "symmetric|pair", "noisy: its kind"),
     "rate":         (0.5,         0.5,         0.5,         SHARE,          "noisy: wrong labels"),
     "keep_warmup":  (4,           10,          10,          FROM_1,         "noisy: T_k, epochs"),
-    "labels":       (10,          25,          25,          FROM_1,         "pseudo: of a class"),
-    "mu":           (3,           7,           7,           FROM_1,         "pseudo: rest a label"),
-    "threshold":    (0.8,         0.95,        0.95,        SHARE,          "pseudo: of certainty"),
+    "labels":       (10,          25,          25,          FROM_1,         "pseudo: a class"),
+    "mu":           (3,           7,           7,           FROM_1,         "pseudo: rest / few"),
+    "threshold":    (0.8,         0.95,        0.95,        SHARE,          "pseudo: certainty"),
     "strength":     (0.0,         0.5,         0.5,         SHARE,          "pseudo: of jitter"),
     "arch":         ("convnet",   "resnet18",  "resnet50",  NETS,           "encoder f"),
     "stem":         ("7x7",       "3x3",       "7x7",       "3x3|7x7",      "3x3: no max-pooling"),
@@ -126,11 +126,10 @@ def crops(args):
     """A random crop of every image, for pseudo a larger and a smaller one, for noisy all of it."""
     if args.task == "noisy":
         return [common.Crop(args.image_size, 1.0)]
-    strong = common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3))
+    crop = common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3))
     if args.task == "pseudo":
-        weak = strong._replace(scale=(0.75, 1.0))
-        return [weak, strong]
-    return [strong]
+        return [crop._replace(scale=(0.75, 1.0)), crop]  # weak, strong
+    return [crop]
 
 
 def augment(views, args):
@@ -391,8 +390,8 @@ def label_model(votes, classes, method="em", steps=100):
     """What the agreement of m sources says of each, and of the labels, without any label.
 
     votes: (n, m) int, -1 abstains -> accuracies (m,) where it votes, posterior (n, C) double.
-    method: "em", Ratner's model; "by-class", any P (Dawid & Skene 1979), held near what the
-    majority says of it by as many imagined votes; "triplets", for two classes.
+    method: "em", Ratner's model; "by-class", any P (Dawid & Skene 1979), with the counts under the
+    majority vote as a prior; "triplets", for two classes.
     EM begins with the majority: from its opposite it finds the same likelihood with two classes
     exchanged. Tests: test_planted_accuracies, test_em_never_loses_likelihood.
     """
@@ -507,7 +506,8 @@ def transition(kind, rate, classes):
 
 
 def cut_bags(index, size, seed):
-    """Shuffle images and cut them into bags of size / 2 to size -> (bags, k), -1: no image."""
+    """Shuffle images and cut them into bags of size / 2 to size, the last one of what is left ->
+    (bags, k), -1: no image."""
     mix = torch.Generator().manual_seed(seed)
     cuts = torch.randint(size // 2, size + 1, (len(index),), generator=mix).cumsum(0)
     shuffled = index[torch.randperm(len(index), generator=mix)]
@@ -550,7 +550,7 @@ class Batches:
 
 
 def same_for_all(views, index):
-    """The inputs of networks that see the same images."""
+    """The same images for each network; zip in Network.forward drops those that are too many."""
     return views * 4, None
 
 
@@ -604,20 +604,21 @@ def bags(args, data, run):
 def noisy(args, data, run):
     """Wrong labels: coteaching, beside plain training on the same labels and on the true ones."""
     mix = torch.Generator().manual_seed(args.seed)
-    T = transition(args.noise, args.rate, args.classes)[data.train.labels]  # (n, C)
-    given = torch.multinomial(T, 1, generator=mix).squeeze(1).to(run.device)
+    P = transition(args.noise, args.rate, args.classes)[data.train.labels]  # (n, C)
+    given = torch.multinomial(P, 1, generator=mix).squeeze(1).to(run.device)
     true = data.train.labels.to(run.device)
 
     def losses(s, index, step):
         keep = keep_rate(step // data.per_epoch, args.rate, args.keep_warmup)
         y, truth = given[index], true[index]
-        f, g, plain = [F.cross_entropy(each, y, reduction="none") for each in s[:3]]
+        losses_f, losses_g, plain = [
+            F.cross_entropy(each, y, reduction="none") for each in s[:3]]
         terms = [
-            *coteaching_losses(f, g, keep),
+            *coteaching_losses(losses_f, losses_g, keep),
             plain.mean(),
             F.cross_entropy(s[3], truth),
         ]
-        right = (y == truth)[small_loss(f.detach(), keep)]
+        right = (y == truth)[small_loss(losses_f.detach(), keep)]
         return terms, {"precision": right.float().mean()}
 
     return [(data.fit[1].unsqueeze(1), args.batch_size)], same_for_all, losses
@@ -638,13 +639,13 @@ def pseudo(args, data, run):
         return [torch.cat([weak, strong[n:]]), weak[:n], weak], None
 
     def losses(s, index, step):
-        own, few, every = s
+        own, of_few, of_all = s
         y = true[index]
         labelled, weak, strong = own.split([n, len(y) - n, len(y) - n])
         terms = [
             F.cross_entropy(labelled, y[:n]) + fixmatch_loss(weak, strong, args.threshold),
-            F.cross_entropy(few, y[:n]),
-            F.cross_entropy(every, y),
+            F.cross_entropy(of_few, y[:n]),
+            F.cross_entropy(of_all, y),
         ]
         return terms, {}
 
@@ -661,8 +662,8 @@ def check(args, run):
         common.fail("--labelled is for the probes of other files: weak labels are of the images")
     part = {"bags": args.bag_size, "pseudo": 1 + args.mu}.get(args.task, 1)
     if args.batch_size < part or args.batch_size // part % run.world:
-        common.fail(f"--batch-size {args.batch_size} has to hold {part} images once at least, and "
-                    "as often as there are processes, or a multiple of that")
+        common.fail(f"--batch-size {args.batch_size} / {part}, rounded down, has to be a multiple "
+                    f"of {run.world}, the number of processes")
     if args.task == "labeling" and args.votes == "rules" and args.dataset != common.BUILT_IN:
         common.fail("the rules know the built-in set alone: --task labeling needs --votes FILE")
     if args.task != "labeling" and args.classes <= max(args.positive, 1):
@@ -763,7 +764,7 @@ def evaluate(net, data, args, run, test=False):
     """Is h healthy, and how well do the networks classify, the method's between floor and ceiling?
 
     On validation images; with test on the test images. With wrong labels the last network need not
-    be the best: for noisy best_ is the best that an evaluation has found on validation images.
+    be the best: for noisy best_val_ is the best that an evaluation has found on validation images.
     """
     net.eval()
     run.broadcast(net)
@@ -779,7 +780,7 @@ def evaluate(net, data, args, run, test=False):
         found = scores(net, data.test if test else data.val, args, run)
         if args.task == "noisy" and test:
             for k in [*found]:
-                found[f"best_{k}"] = max([row.get(k, 0.0) for row in run.rows], default=0.0)
+                found[f"best_val_{k}"] = max([row.get(k, 0.0) for row in run.rows], default=0.0)
         *_, floor, ceiling = NETWORKS[args.task]
         print(f"\n{'test' if test else 'validation'} images, %; floor: {floor}, ceiling: {ceiling}")
         for k, v in found.items():

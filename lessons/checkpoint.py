@@ -102,8 +102,7 @@ def load(method, own, options, path):
     found = common.read_checkpoint(path)
     made = found.get("meta", found.get("args"))
     if isinstance(made, dict):  # of this project, not a released file
-        open_options = [name for name in method.OPTIONS if getattr(args, name) is None]
-        for name in ["dataset", "limit", "seed", *open_options]:
+        for name in ("dataset", "limit", "seed"):
             setattr(args, name, made.get(name))
     args.dataset = own.dataset or args.dataset
     Path(own.out).mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,9 @@ NEEDED = {"moco": "--queue 40", "dinov2": "--koleo 0 --out-dim 64 --hidden 64 --
           "pretext": "--optimizer sgd --lr 0.5"}  # by a tiny run; KoLeo is of one process
 
 
+BARE = "--device cpu --workers 0 --limit 48".split()
+
+
 def tiny(name, *argv):
     return [*TINY, *NEEDED.get(name, "").split(), *argv]
 
@@ -152,6 +155,12 @@ def test_what_is_left_open_comes_from_the_column(name, capsys):
         assert args.eval_every == math.ceil(args.epochs / 4) and args.images == 5000
         args = tools.completed(file, "--lr 7 --image-size 24 --epochs 9".split(), side)
         assert (args.lr, args.image_size, args.epochs, args.eval_every) == (7, 24, 9, 3)
+    for column, size, device in ((1, 64, "cuda"), (2, 96, "cuda"), (0, 64, "cpu"), (2, 96, "cpu")):
+        args = tools.completed(file, ["--image-size", size], 300, device=device)
+        printed = capsys.readouterr().out
+        assert f"recipe {names[column]}:" in printed and args.image_size == size
+        hinted = "--image-size 64 takes one for a CPU" in printed
+        assert hinted == (column == 2 and device == "cpu")
 
 
 @pytest.mark.parametrize("argv, names", [
@@ -1081,6 +1090,11 @@ def test_probes_on_another_set(tmp_path, capsys):
     assert len(data.val[1]) == 4 and data.labelled
     parts = data.splits(True)
     assert [len(index) for _, index in parts] == [17, 3, 7]
+    assert all(torch.equal(i, whole[1]) for (_, i), whole in zip(parts, (
+        data.probed.fit, data.probed.val, data.probed.test)))
+    few = data.splits(True, most=5)
+    assert torch.equal(few[0][1], parts[0][1][[0, 3, 6, 10, 13]])  # of all classes, in any order
+    assert [len(index) for _, index in few] == [5, 3, 5] and len(data.splits(False, most=5)) == 2
     assert [images.labels[index].min() >= 0 for images, index in parts] == [True] * 3
     argv[3] = mine
     assert f"--labelled {mine} has no labels" in refused(simclr, argv, capsys)
@@ -1515,8 +1529,8 @@ def test_the_backbone_is_the_one_that_was_evaluated(finished):
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     for source in ("last.pt", "backbone.pt"):
         file = folder.parent / "h.npz"
-        argv = tiny(name, "--eval", folder / source, "--out", folder, "--embed", file)
-        net, data, run = tools.train(method(name), argv)
+        argv = [*BARE, "--eval", folder / source, "--out", folder, "--embed", file]
+        net, data, run = tools.train(method(name), argv)  # made as the run's, without its options
         net.eval()
         with torch.no_grad():
             own = method(name).features(net, x, run.args) if name == "pretext" else net(x)
@@ -1533,6 +1547,22 @@ def test_the_backbone_is_the_one_that_was_evaluated(finished):
                 five = names["net"].eval()((data.train.pixels[:5] / 255 - mean) / std)
                 assert close(saved["h"][:5], five, 1e-5)
     assert before == {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+def test_eval_of_other_images(finished, tmp_path):
+    """They are seen as the run saw its own, whatever their size; an option that is given counts."""
+    name, folder, _ = finished
+    if name == "weak":
+        pytest.skip("its rules know the built-in set alone")
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.fromarray(photo(90, 100, i)).save(tmp_path / "images" / f"{i}.png")
+    argv = [*BARE, "--eval", folder / "backbone.pt", "--dataset", tmp_path / "images", "--out",
+            tmp_path / "run"]
+    for more, size in (((), 16), (("--image-size", 24), 24)):
+        _, data, run = tools.train(method(name), [*argv, *more])
+        assert run.args.image_size == size and data.side == 90
+        assert run.args.arch == load(folder, "backbone.pt")["meta"]["arch"]
 
 
 def stopped_after(k, name, *argv):

@@ -684,7 +684,7 @@ FIGURES = {
     "labeling": "label_model_accuracy majority_accuracy truth_accuracy",
     "bags": "bags_auc mean_auc images_auc bags_image_auc mean_image_auc images_image_auc",
     "noisy": "coteaching_accuracy peer_accuracy plain_accuracy clean_accuracy "
-             "best_coteaching_accuracy best_plain_accuracy",
+             "best_val_coteaching_accuracy best_val_plain_accuracy",
     "pseudo": "pseudo_accuracy few_accuracy all_accuracy",
 }
 
