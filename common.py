@@ -186,8 +186,8 @@ def load_data(args, table, run):
     """Find the set, take what is left open in args from the run of --eval and from the set's
     column of the table, read the set.
 
-    What counts is the size at which images are seen: that of the set, or --image-size. Up to 64
-    pixels they have the recipe of the built-in set where there is no GPU.
+    The size that decides is --image-size or, without it, that of the set's images. Up to 64 pixels
+    they have the recipe of the built-in set where there is no GPU.
     """
     if args.eval:
         found = read_checkpoint(args.eval)
