@@ -13,8 +13,7 @@ From the same labels, so many a class, and tested on the same images:
 
 Photographs are needed: the things of `toys` are so plain that ten labelled ones teach the rest.
 
-    python simclr.py --dataset cifar10 --arch convnet_wide --batch-size 256 --lr 0.4 \\
-        --min-scale 0.2 --epochs 20
+    python simclr.py --dataset cifar10
     python lessons/few_labels.py runs/simclr-cifar10-s0/backbone.pt
     python lessons/few_labels.py BACKBONE.pt --dataset PATH              transfer to another set
 
