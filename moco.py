@@ -419,20 +419,20 @@ def regression_path(x, y, x_test, y_test, penalties):
     fit starts from the result of the one before. x is standardised first."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    w = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device, requires_grad=True)
-    b = torch.zeros_like(w[0], requires_grad=True)
+    w = torch.zeros(int(y.max()) + 1, x.shape[1], device=x.device, requires_grad=True)  # (C, d)
+    b = torch.zeros_like(w[:, 0], requires_grad=True)
     for penalty in penalties:
         lbfgs = torch.optim.LBFGS(
             [w, b], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
 
         def objective(penalty=penalty, lbfgs=lbfgs):
             lbfgs.zero_grad()
-            loss = F.cross_entropy(x @ w + b, y) + penalty / 2 * w.square().sum()
+            loss = F.cross_entropy(F.linear(x, w, b), y) + penalty / 2 * w.square().sum()
             loss.backward()
             return loss
 
         lbfgs.step(objective)
-        correct = (x_test @ w + b).argmax(1) == y_test
+        correct = F.linear(x_test, w, b).argmax(1) == y_test
         yield 100 * correct.float().mean().item()
 
 
