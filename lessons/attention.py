@@ -7,9 +7,9 @@ similarity on PASCAL VOC12, ViT-S/16: random weights 22.0, supervised 27.3, DINO
 The token has to say the same of every crop of an image, and what the crops share is, as a rule, the
 object; a supervised token needs only as much of the object as tells its class.
 
-    python dino.py --epochs 100
-    for seed in 0 1 2; do python benchmarks/supervised.py dino --seed $seed; done
-    python lessons/attention.py runs/dino-toys-s0/last.pt \\
+    python dino.py --epochs 100 --out runs/dino-long
+    for seed in 0 1; do python benchmarks/supervised.py dino --lr 4e-3 --seed $seed; done
+    python lessons/attention.py runs/dino-long/last.pt \\
         --supervised runs/supervised-dino-toys-s*/backbone.pt
     python lessons/attention.py dino_deitsmall8_pretrain.pth --patch-size 8 --finer 1 --dataset PATH
 
