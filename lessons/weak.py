@@ -1,22 +1,24 @@
 """What weak labels are good for: rules, bags, wrong labels and few labels (weak.py).
 
-Slides: "How can we do Weak Supervised Learning?", a panel for each of the four ways.
+Slides: "How can we do Weak Supervised Learning?", a figure for each of the four ways, with what the
+method reaches between a floor and a ceiling.
 
   labeling  A label model learns from votes alone which sources to trust. With planted sources it is
             better than the majority where some are better than others, the same where they are
-            alike, and worse where one is counted five times more, as it takes agreement for
-            accuracy. Last group: networks that learned from rules on images.
+            alike, and worse where one is counted six times, as it takes agreement for accuracy.
+            Last: networks that learned from rules on images.
   bags      Only the bag has a label. AUC of bags, and of the images in them by attention or logit;
             below, a bag, with the attention of every image as a black bar.
-  noisy     Two networks that select for each other, one that learns all labels, and true labels.
-            Bars: after the last epoch; dots: the best epoch. Dot over bar: labels learned by heart.
+  noisy     Two networks that select for each other, one that learns all labels, and true labels,
+            after the last epoch; "best": the best epoch of the one that learns all, which is higher
+            where wrong labels are learned by heart later on.
   pseudo    Few labels and many images without, few labels alone, and all labels.
 
-    python lessons/weak.py --seeds 3        a minute or two for each of the 33 runs, on 2 CPU cores
+    python lessons/weak.py                  33 runs of about a minute on a CPU core
     python lessons/weak.py --tasks bags noisy pseudo --dataset cifar10 --epochs 50
 
-Options that are not listed in --help go to weak.py. Writes lessons/weak.csv, a line per run and
-figure, and lessons/weak.png. All figures are of the validation images, never of the test set.
+Options that are not listed in --help go to weak.py. Writes lessons/weak_TASK.csv, a line per run,
+and lessons/weak_TASK.png. All figures are of the validation images, never of the test set.
 """
 
 import sys
@@ -42,11 +44,22 @@ WORLDS = {  # accuracies of two-class sources, and how often the first one is co
     "alike": ([0.7] * 5, 1),
     "one 6 times": ([0.6] + [0.75] * 10, 6),
 }
-TITLES = {
-    "labeling": "Write simple rules to\nlabel data automatically",
-    "bags": "We only know if a bag has\nsomething, not which item",
-    "noisy": "Handle wrong or\nnoisy labels",
-    "pseudo": "Mix a small set of good labels\nwith lots of weak ones",
+CLAIMS = {
+    "labeling": "Write simple rules to label data automatically",
+    "bags": "We only know if a bag has something, not which item",
+    "noisy": "Handle wrong or noisy labels",
+    "pseudo": "Mix a small set of good labels with lots of weak ones",
+}
+COLUMNS = {  # task: column -> its name in the figure; method, floor, ceiling and what else there is
+    "labeling": {"label_model_accuracy": "label model", "majority_accuracy": "majority (floor)",
+                 "truth_accuracy": "truth (ceiling)"},
+    "bags": {"bags_auc": "bags", "mean_auc": "bags, mean of the logits (floor)",
+             "images_auc": "bags, from labels of images (ceiling)",
+             "bags_image_auc": "images in them"},
+    "noisy": {"coteaching_accuracy": "co-teaching", "plain_accuracy": "all labels (floor)",
+              "clean_accuracy": "true labels (ceiling)", "best_plain_accuracy": "all labels, best"},
+    "pseudo": {"pseudo_accuracy": "FixMatch", "few_accuracy": "few alone (floor)",
+               "all_accuracy": "all labels (ceiling)"},
 }
 
 
@@ -58,8 +71,9 @@ def planted(accuracies, copies, seed, n=4000):
     votes = torch.where(right, y, 1 - y)
     votes = torch.cat([votes[:, :1].expand(-1, copies - 1), votes], 1)
     labels = {"label_model": weak.label_model(votes, 2)[1], "majority": weak.majority(votes, 2)}
-    return {f"{k}_accuracy": 100 * (q.argmax(1) == y[:, 0]).double().mean().item()
-            for k, q in labels.items()}
+    return {"truth_accuracy": 100.0} | {
+        f"{k}_accuracy": 100 * (q.argmax(1) == y[:, 0]).double().mean().item()
+        for k, q in labels.items()}
 
 
 @torch.no_grad()
@@ -81,77 +95,71 @@ def weighed(net, data, run):
 
 
 def measure(own, task, name, seed, options):
-    """One run -> a row for each of its figures, and for bags a picture."""
+    """One run -> its row, and for bags a picture."""
     flags = ["--task", task, *RUNS[task][name].split()]
     if task == "noisy":
         flags += ["--eval-every", 1]
     net, data, run = shared.train(weak, own, f"{task} {name}", seed, [*options, *flags])
-    ends = "accuracy", "auc", "precision"
-    figures = {k: v for k, v in run.rows[-1].items() if k.endswith(ends)}
+    row = {"name": name, "seed": seed} | run.rows[-1]
     if task == "noisy":
-        figures |= {f"best_{k}": max(row[k] for row in run.rows)
-                    for k in figures if k.endswith("accuracy")}
+        row["best_plain_accuracy"] = max(row["plain_accuracy"] for row in run.rows)
     picture = weighed(net, data, run) if RUNS[task][name] == "--pool attention" else None
-    return as_rows(task, name, seed, figures), picture
+    return row, picture
 
 
-def as_rows(task, name, seed, figures):
-    return [{"task": task, "name": name, "seed": seed, "figure": k, "value": v}
-            for k, v in figures.items()]
+def draw(whole, means, task, pictures):
+    """means: a row for each name."""
+    upper, lower = whole.subfigures(2, 1, height_ratios=[4, 1]) if pictures else (whole, None)
+    ax = upper.subplots()
+    shared.bars(ax, means, "name", COLUMNS[task], fmt="%.1f")
+    unit = "AUC" if task == "bags" else "accuracy"
+    ax.set(ylabel=f"validation {unit}, %", ylim=(0, 140), yticks=range(0, 101, 20),
+           xlabel="labels a class" if task == "pseudo" else "")
+    ax.legend(fontsize=8, ncols=2, loc="upper center")
+    if pictures:
+        strip = lower.subplots()
+        strip.imshow(pictures[0].numpy())
+        strip.set_title("a bag, with the attention of every image", fontsize=9)
+        strip.set_axis_off()
 
 
-def draw(whole, means, pictures):
-    """means: a row for each task, name and figure."""
-    tasks = [task for task in RUNS if any(row["task"] == task for row in means)]
-    for ax, task in zip(whole.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        rows = [row for row in means if row["task"] == task]
-        table = {(row["name"], row["figure"]): row for row in rows}
-        names = list(dict.fromkeys(row["name"] for row in rows))
-        keys = [f"{k}_accuracy" for k in weak.NETWORKS[task] if k != "peer"]
-        if task == "bags":
-            keys = ["bags_auc", "bags_image_auc", "mean_auc", "images_auc"]
-        labels = [key.replace("_accuracy", "").replace("_", " ") for key in keys]
-        labels[-2:] = [f"floor: {labels[-2]}", f"ceiling: {labels[-1]}"]
-        for i, key in enumerate(keys):
-            here = [(x, table[name, key]) for x, name in enumerate(names) if (name, key) in table]
-            places = [x + 0.2 * i for x, _ in here]
-            heights = [row["value"] for _, row in here]
-            ax.bar(places, heights, 0.18, yerr=[row["value_sd"] for _, row in here],
-                   label=labels[i])
-            best = [(x + 0.2 * i, table[name, f"best_{key}"]["value"])
-                    for x, name in enumerate(names) if (name, f"best_{key}") in table]
-            ax.plot(*zip(*best) if best else ([], []), "k.")
-        ax.set_xticks([x + 0.2 for x in range(len(names))], names, fontsize=8)
-        unit = "AUC" if task == "bags" else "accuracy"
-        ax.set(title=TITLES[task], ylabel=f"validation {unit}, %", ylim=(-20, 130),
-               xlabel="labels a class" if task == "pseudo" else "")
-        ax.legend(fontsize=8, ncols=2, loc="upper center")
-        if task == "bags" and pictures:
-            strip = ax.inset_axes([0.0, 0.0, 1.0, 0.13])
-            strip.imshow(pictures[0].numpy())
-            strip.set_axis_off()
+def answer(task, means):
+    """Is the method above its floor where that is claimed: in the last of labeling, the first of
+    the others?"""
+    ours, floor, ceiling, *_ = COLUMNS[task]
+    row = means[-1 if task == "labeling" else 0]
+    beside = {"floor": row[floor], "floor_sd": row[f"{floor}_sd"]}
+    own = {"floor": row[ours], "floor_sd": row[f"{ours}_sd"], "seeds": row["seeds"]}
+    parts = [f"{row['name']} {row[ours]:.1f} ({row[floor]:.1f} and {row[ceiling]:.1f})"
+             for row in means]
+    return shared.answer(shared.compare(own, beside, "floor") > 0,
+                         f"in %, with floor and ceiling, {'; '.join(parts)}.")
 
 
 def main(argv=None):
     p = shared.parser(__doc__, "weak", epochs=12)
     p.add_argument("--tasks", nargs="+", choices=RUNS, default=[*RUNS], help="which (all)")
     own, options = p.parse_known_args(argv)
-    rows, pictures = [], []
-    for seed in range(own.seeds):
-        for task in own.tasks:
+    for task in own.tasks:
+        rows, pictures = [], []
+        for seed in range(own.seeds):
             if task == "labeling":
-                for name, world in WORLDS.items():
-                    rows += as_rows(task, name, seed, planted(*world, seed))
+                rows += [{"name": name, "seed": seed} | planted(*world, seed)
+                         for name, world in WORLDS.items()]
             for name in RUNS[task]:
-                found, picture = measure(own, task, name, seed, options)
-                rows += found
-                if picture is not None:
-                    pictures.append(picture)
-    keys = ["task", "name", "seed", "figure", "value"]
-    shared.write_csv(f"{own.out}/weak.csv", rows, keys)
-    means = shared.over_seeds(rows, ["task", "name", "figure"], ["value"])
-    shared.figure(f"{own.out}/weak.png", (18, 5), draw, means, pictures)
-    shared.show(means, keys[:2] + keys[3:])
+                row, picture = measure(own, task, name, seed, options)
+                rows.append(row)
+                pictures += [] if picture is None else [picture]
+        report(own.out, task, rows, pictures)
+
+
+def report(folder, task, rows, pictures):
+    keys = [*COLUMNS[task]]
+    shared.write_csv(f"{folder}/weak_{task}.csv", rows, ["name", "seed", *keys])
+    means = shared.over_seeds(rows, ["name"], keys)
+    shared.figure(f"{folder}/weak_{task}.png", (8, 4.5), draw, means, task, pictures,
+                  claim=CLAIMS[task], answer=answer(task, means))
+    shared.show(means, ["name", *keys])
 
 
 if __name__ == "__main__":

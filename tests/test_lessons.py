@@ -50,7 +50,6 @@ def written(folder, name):
     ("moco_queue", 1, "--batch-size 40 --queues 40"),
     ("moco_steps", 2, "--batch-size 40"),
     ("pretext_tasks", 3 + 1, "--tasks patch"),
-    ("weak", 3 * 2 + 3 + 3 * 3, "--batch-size 20"),
 ])
 def test_lesson(tmp_path, monkeypatch, name, rows, own):
     module = lesson(name)
@@ -65,18 +64,31 @@ def test_lesson(tmp_path, monkeypatch, name, rows, own):
 
 
 def test_weak(tmp_path, monkeypatch):
-    """Bags have a picture, wrong labels the best epoch; a planted source can be trusted or not."""
+    """A figure, a table and an answer for each task; a planted source can be trusted or not."""
     module = lesson("weak")
-    some = {task: dict([next(iter(module.RUNS[task].items()))]) for task in ("bags", "noisy")}
+    some = {task: dict([next(iter(runs.items()))]) for task, runs in module.RUNS.items()}
     monkeypatch.setattr(module, "RUNS", some)
-    module.main([*TINY, *"--batch-size 20 --limit 60 --epochs 2 --runs".split(),
+    module.main([*TINY, *"--batch-size 20 --limit 60 --epochs 2 --seeds 2 --runs".split(),
                  str(tmp_path / "runs"), "--out", str(tmp_path)])
-    found = {row["figure"]: float(row["value"]) for row in written(tmp_path, "weak")}
-    assert len(found) == 6 + 1 + 2 * 4
-    assert all(found[f"best_{k}_accuracy"] >= found[f"{k}_accuracy"] for k in ("plain", "clean"))
+    for task, columns in module.COLUMNS.items():
+        found = written(tmp_path, f"weak_{task}")
+        assert len(found) == 2 * (4 if task == "labeling" else 1)
+        assert all(0 <= float(row[k]) <= 100 for row in found for k in columns)
+    best = written(tmp_path, "weak_noisy")
+    assert all(float(row["best_plain_accuracy"]) >= float(row["plain_accuracy"]) for row in best)
     worlds = {k: module.planted(*world, seed=0) for k, world in module.WORLDS.items()}
     ahead = {k: v["label_model_accuracy"] - v["majority_accuracy"] for k, v in worlds.items()}
     assert ahead["unequal"] > 5 and abs(ahead["alike"]) < 1 and ahead["one 6 times"] < -5
+
+
+def test_answer_of_weak():
+    module = lesson("weak")
+    ours, floor, ceiling, *_ = module.COLUMNS["pseudo"]
+    row = {"name": "4", "seeds": 3, ours: 82.0, floor: 72.0, ceiling: 100.0,
+           f"{ours}_sd": 4.0, f"{floor}_sd": 2.0}
+    assert module.answer("pseudo", [row]).endswith(" 4 82.0 (72.0 and 100.0).")
+    assert module.answer("pseudo", [row]).startswith("Yes")
+    assert module.answer("pseudo", [row | {f"{ours}_sd": 9.0}]).startswith("Not in these runs")
 
 
 def test_weak_picture(tmp_path):
