@@ -33,6 +33,7 @@ STEP = "algorithm or what_runs or processes or second_process or thaws or paths"
 ALIKE = "the two views are drawn alike, and the loss is symmetric"
 ONE_TYPE = "all parameters have one dtype and device"
 BROADCAST = "(K,) is broadcast as (1, K) is"
+NEAREST = "nearest = (x @ x.T).detach().fill_diagonal_(-2.0).argmax(1)"
 EQUIVALENT = {  # (code, change) -> why nothing can tell it
     ("z = F.normalize(torch.cat([z1, z2]), dim=1)", "[z1, z2] -> ([z2, z1])"): ALIKE,
     ("x1, x2 = aug(views, args)", "(x1, x2) -> ((x2, x1))"): ALIKE,
@@ -53,6 +54,10 @@ EQUIVALENT = {  # (code, change) -> why nothing can tell it
     ("for C, outputs in ((center, t), (center_patch[0], t_patch.flatten(0, 1))):",
      "((center, t), (center_patch[0], t_patch.flatten(0, 1))) -> "
      "(((center_patch[0], t_patch.flatten(0, 1)), (center, t)))"): "neither centre needs the other",
+    (NEAREST, "1 -> (0)"): "cosines are symmetric",
+    (NEAREST, "2.0 -> (4.0)"): "both are below all cosines",
+    (NEAREST, "(x @ x.T).detach() -> (x @ x.T)"): "argmax has no gradient; less is kept for it",
+    ("x = F.normalize(x, eps=1e-8)", "1e-08 -> (2e-08)"): "both only keep 0 from being divided by 0",
     ("return s.logsumexp(1) - torch.linalg.vecdot(q.detach(), s, dim=1)",
      "torch.linalg.vecdot(q.detach(), s, dim=1) -> torch.linalg.vecdot(s, q.detach(), dim=1)"):
         "a dot product is symmetric",
