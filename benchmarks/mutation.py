@@ -57,7 +57,7 @@ EQUIVALENT = {  # (code, change) -> why nothing can tell it
     (NEAREST, "1 -> (0)"): "cosines are symmetric",
     (NEAREST, "2.0 -> (4.0)"): "both are below all cosines",
     (NEAREST, "(x @ x.T).detach() -> (x @ x.T)"): "argmax has no gradient; less is kept for it",
-    ("x = F.normalize(x, eps=1e-8)", "1e-08 -> (2e-08)"): "both only keep 0 from being divided by 0",
+    ("x = F.normalize(x, eps=1e-8)", "1e-08 -> (2e-08)"): "both guard against 0 / 0",
     ("return s.logsumexp(1) - torch.linalg.vecdot(q.detach(), s, dim=1)",
      "torch.linalg.vecdot(q.detach(), s, dim=1) -> torch.linalg.vecdot(s, q.detach(), dim=1)"):
         "a dot product is symmetric",
