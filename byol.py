@@ -37,8 +37,8 @@ Where this file departs from the paper and the released code:
   - The linear probe is a regression on features of central crops (paper: SGD on random crops).
   - The built-in set has a recipe of its own, sized for a CPU.
 
-    python byol.py      238 s on 1 CPU core: 84.2 % linear, 61.9 % k-NN (one run); the
-                        untrained network has 42.8 and 37.3 %, raw pixels have 27.1 and 38.2 %
+    python byol.py      144 s on 2 CPU cores; mean of three seeds: 85.6 % linear, 60.2 % k-NN; the
+                        untrained network has 38.1 and 31.3 %, raw pixels have 27.1 and 38.2 %
 """
 
 import functools

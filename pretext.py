@@ -59,8 +59,8 @@ Where this file departs from the papers:
   - view: the fixed network ends in a linear layer and batch norm (paper: BYOL's projector), and the
     predictor stands on h itself.
 
-    python pretext.py   103 s on 2 CPU cores: 93.6 % linear, 90.0 % k-NN (one run); the
-                        untrained network has 30.1 and 36.6 %, raw pixels have 27.1 and 38.2 %
+    python pretext.py   103 s on 2 CPU cores; mean of three seeds: 93.7 % linear, 89.6 % k-NN; the
+                        untrained network has 30.4 and 29.7 %, raw pixels have 27.1 and 38.2 %
 """
 
 import copy
