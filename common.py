@@ -176,10 +176,12 @@ def options(method, doc, table, argv=None):
 
 
 def show_value(value):
-    """0.5 -> '0.5', (1.0, 0.1) -> '1.0 0.1', a function -> 'computed'."""
+    """0.5 -> '0.5', (1.0, 0.1) -> '1.0 0.1', a function -> 'computed', or a name that is words."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
-    return "computed" if callable(value) else str(value)
+    if callable(value):
+        return value.__name__ if " " in value.__name__ else "computed"
+    return str(value)
 
 
 def load_data(args, table, run):
