@@ -662,8 +662,8 @@ def check(args, run):
         common.fail("--labelled is for the probes of other files: weak labels are of the images")
     part = {"bags": args.bag_size, "pseudo": 1 + args.mu}.get(args.task, 1)
     if args.batch_size < part or args.batch_size // part % run.world:
-        common.fail(f"--batch-size {args.batch_size} has to hold {part} images as often as there are "
-                    f"processes, {run.world}, or a multiple of that")
+        common.fail(f"--batch-size {args.batch_size} has to hold {part} images as often as there "
+                    f"are processes, {run.world}, or a multiple of that")
     if args.task == "labeling" and args.votes == "rules" and args.dataset != common.BUILT_IN:
         common.fail("the rules know the built-in set alone: --task labeling needs --votes FILE")
     if args.task != "labeling" and args.classes <= max(args.positive, 1):
