@@ -184,30 +184,39 @@ def show_value(value):
     return str(value)
 
 
-def load_data(args, table, run):
-    """Find the set, take what is left open in args from the run of --eval and from the set's
-    column of the table, read the set.
+def recall(args, table):
+    """With --eval: what is left open in args from the run that wrote the file."""
+    found = read_checkpoint(args.eval) if args.eval else {}
+    made = found.get("meta", found.get("args"))
+    for name in table if isinstance(made, dict) else ():  # not of a released file
+        if getattr(args, name) is None:
+            setattr(args, name, made.get(name))
 
-    The size that decides is --image-size or, without it, that of the set's images. Up to 64 pixels
-    they have the recipe of the built-in set where there is no GPU.
+
+def choose_column(side, table, device):
+    """0, 1 or 2: the recipe for images of this side; None stands for the built-in set's.
+
+    Up to 64 pixels they have the recipe of the built-in set where there is no GPU.
     """
-    if args.eval:
-        found = read_checkpoint(args.eval)
-        made = found.get("meta", found.get("args"))
-        if isinstance(made, dict):  # of a run here, not of a released file
-            for name in table:
-                if getattr(args, name) is None:
-                    setattr(args, name, made.get(name))
+    column = 0 if side is None else 1 if side <= 64 else 2
+    if column == 2 and device.type == "cpu":
+        print("no GPU, and this recipe is for one: --image-size 64 takes one for a CPU")
+    if column == 1 and device.type == "cpu":
+        column = 0
+        print(f"no GPU, so a recipe for a CPU, not {table['arch'][1]}, {table['epochs'][1]} epochs")
+    return column
+
+
+def load_data(args, table, run):
+    """Find the set, take what is left open in args from the run of --eval and from the column of
+    the table that is for the set, read the set.
+
+    The size that decides is --image-size or, without it, that of the set's images.
+    """
+    recall(args, table)
     data = Data(args.dataset, args.data_dir, args.limit)
-    side = min(data.side or 0, args.image_size or math.inf)
-    column = 0 if data.side is None else 1 if side <= 64 else 2
-    if column and run.device.type == "cpu":
-        if column == 1:
-            print(f"no GPU, so a recipe for a CPU, not arch={table['arch'][1]} "
-                  f"epochs={table['epochs'][1]} of the one for images up to 64 pixels")
-            column = 0
-        else:
-            print("no GPU, and this recipe is for one: --image-size 64 takes one for a CPU")
+    side = data.side and min(data.side, args.image_size or data.side)
+    column = choose_column(side, table, run.device)
     for name, row in table.items():  # in order: a function may use the rows above its own
         if getattr(args, name) is None:
             value = row[column]
@@ -216,8 +225,7 @@ def load_data(args, table, run):
             elif name == "image_size" and column:
                 value = min(value, data.side)
             setattr(args, name, [*value] if isinstance(value, tuple) else value)
-    if args.eval_every is None:
-        args.eval_every = math.ceil(args.epochs / 4)
+    args.eval_every = math.ceil(args.epochs / 4) if args.eval_every is None else args.eval_every
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
     print(f"recipe {['built-in', 'small', 'large'][column]}: {recipe}")
     how = args.image_size, run.device, args.memory_limit, args.workers
@@ -933,7 +941,7 @@ def color_jitter(x, brightness, contrast, saturation, hue, p):
     factor = torch.where(jittered, factor, 1.0)
     shift = torch.where(jittered, uniform(-hue, hue, (n, 1, 1, 1), device), 0.0)
     order = torch.rand(3, n, 1, 1, 1, device=device).argsort(0)
-    shuffle = torch.randperm(n, device=device)
+    shuffle = torch.rand(n, device=device).argsort()  # PyTorch 2.11 can't compile x[randperm(n)]
     x = x[shuffle]
     for turn in range(4):
         quarter = slice(n * turn // 4, n * (turn + 1) // 4)

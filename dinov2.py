@@ -832,7 +832,7 @@ class ScaledBlock(nn.Module):
             return x + branch(x)
         n = len(x)
         kept = max(int(n * (1 - self.drop_path)), 1)
-        some = torch.randperm(n, device=x.device)[:kept]
+        some = torch.rand(n, device=x.device).argsort()[:kept]
         return torch.index_add(x, 0, some, branch(x[some]).to(x.dtype), alpha=n / kept)
 
 
