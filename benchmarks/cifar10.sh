@@ -9,14 +9,14 @@
 #   main         200 epochs: simclr moco byol, dino with a ResNet-18 and with the ViT of its recipe
 #   rest         200 epochs: ibot dinov2 pretext (rotation)
 #   long         1000 epochs: simclr moco byol, dino with a ResNet-18
-#   look         small networks on 10,000 images, 20 epochs: 10 to 25 minutes a file on a CPU
+#   cpu          small networks, 5 to 20 epochs: about an hour a file on one core
 #   table        all of runs/ -> benchmarks/cifar10.csv, and pictures beside it
 #
-# All but look and table are for one GPU. What is finished is left alone and what was cut goes on
-# where it was, so the same command can be given again. Every run but those of look is evaluated a
+# All but cpu and table are for one GPU. What is finished is left alone and what was cut goes on
+# where it was, so the same command can be given again. Every run but those of cpu is evaluated a
 # second time with the 200 neighbours of the published figures (-k200-).
 #
-# DATA: a set or a folder <split>/<class>/* (cifar10; look: data/cifar10-jpg). PYTHON, SEEDS ("0").
+# DATA: a set or a folder <split>/<class>/* (cifar10). PYTHON, SEEDS ("0").
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} seeds=${SEEDS:-0} data=${DATA:-cifar10}
@@ -24,7 +24,7 @@ name=$(basename "$data")
 # lightly's for this network and set: SGD, batch norm in the head, no local crops
 dino_resnet=(--arch resnet18 --optimizer sgd --lr 0.12 --weight-decay 5e-4 --weight-decay-end 5e-4
     --head-bn --out-dim 2048 --tau-t 0.04 --m 0.99 --local-crops 0)
-order=(throughput supervised simclr80 main rest long look table)
+order=(throughput supervised simclr80 main rest long cpu table)
 stages=()
 while (($#)) && [ "$1" != -- ]; do
     [ "$1" = all ] && stages+=("${order[@]}") || stages+=("$1")
@@ -96,30 +96,27 @@ long() {
     train dino dino-resnet18 1000 "${dino_resnet[@]}"
 }
 
-look() { # networks and heads as in the recipes of the built-in set
-    # of 5e-4, 2e-3 and 4e-3 for the ViT with labels the first was worst on validation images
-    local seed method own convnet=(--arch convnet)
-    local vit=(--arch vit_nano --patch-size 8 --drop-path 0)
-    local command=(--dataset "${DATA:-data/cifar10-jpg}" --limit 10000 --epochs 20 --batch-size 128)
+cpu() { # the networks of the built-in set's recipes, convnet twice as wide
+    local seed method epochs own
+    local convnet=(--arch convnet_wide --min-scale 0.2 --batch-size 256)
+    local vit=(--batch-size 128 --lr 3e-3 --warmup 0.2 --out-dim 1024 --tau-t 0.04 --local-crops 4)
     for seed in $seeds; do
         for method in simclr moco byol pretext dino ibot dinov2; do
             case $method in
-            dino) own=(--out-dim 512 --head-bn --tau-t 0.04) ;;
-            ibot) own=(--out-dim 512 --head-bn --tau-t 0.04 --tau-t-patch 0.04) ;;
-            dinov2) own=(--out-dim 128 --tau-t 0.01 --koleo 0.02 --layer-scale 1) ;;
-            pretext) own=("${convnet[@]}" --epochs 8) ;; # of four turned images
-            *) own=("${convnet[@]}") ;;
+            simclr) epochs=20 own=("${convnet[@]}" --lr 0.4) ;;
+            moco) epochs=20 own=("${convnet[@]}" --queue 4096) ;;
+            byol) epochs=14 own=("${convnet[@]}") ;;
+            pretext) epochs=5 own=(--arch convnet_wide --shade 0) ;; # of four turned images
+            ibot) epochs=12 own=("${vit[@]}" --tau-t-patch 0.04) ;;
+            *) epochs=12 own=("${vit[@]}") ;;
             esac
-            case $method in
-            dino | ibot | dinov2) own+=("${vit[@]}" --local-crops 0 --hidden 512 --lr 4e-3) ;;
-            esac
-            run "runs/$method-cifar10look-s$seed" "$method.py" "${command[@]}" --eval-every 5 \
-                "${own[@]}" --seed "$seed"
+            run "runs/$method-$name-cpu-s$seed" "$method.py" --dataset "$data" --device cpu \
+                --image-size 32 --epochs "$epochs" "${own[@]}" --seed "$seed"
         done
-        run "runs/supervised-simclr-cifar10look-s$seed" benchmarks/supervised.py simclr \
-            "${command[@]}" "${convnet[@]}" --seed "$seed"
-        run "runs/supervised-dino-cifar10look-s$seed" benchmarks/supervised.py dino \
-            "${command[@]}" "${vit[@]}" --lr 2e-3 --seed "$seed"
+        run "runs/supervised-simclr-$name-cpu-s$seed" benchmarks/supervised.py simclr --device cpu \
+            --dataset "$data" --image-size 32 --epochs 20 "${convnet[@]}" --seed "$seed"
+        run "runs/supervised-dino-$name-cpu-s$seed" benchmarks/supervised.py dino --device cpu \
+            --dataset "$data" --image-size 32 --epochs 12 --lr 2e-3 --batch-size 128 --seed "$seed"
     done
 }
 
@@ -130,9 +127,9 @@ table() {
         $python benchmarks/figure.py --csv $csv --name "*-$name-e*" --peers \
             --out "benchmarks/$name.png"
     fi
-    if grep -q -- "^[^,]*-cifar10look," $csv; then
-        $python benchmarks/figure.py --csv $csv --name '*-cifar10look' \
-            --out benchmarks/cifar10look.png
+    if grep -q -- "^[^,]*-$name-cpu," $csv; then
+        $python benchmarks/figure.py --csv $csv --name "*-$name-cpu" \
+            --out "benchmarks/$name-cpu.png"
     fi
 }
 

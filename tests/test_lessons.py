@@ -45,9 +45,7 @@ def written(folder, name):
     ("byol_collapse", 2, "--batch-size 40"),
     ("dino_collapse", 2 * 2, "--batch-size 20 --every 1"),
     ("teacher", 3 * 2, "--batch-size 40"),
-    ("moco_bn_leak", 2, "--batch-size 40 --splits 1 2"),
     ("moco_momentum", 1, "--batch-size 40 --ms 0.9"),
-    ("moco_queue", 1, "--batch-size 40 --queues 40"),
     ("moco_steps", 2, "--batch-size 40"),
     ("pretext_tasks", 3 + 1, "--tasks patch"),
 ])
@@ -241,21 +239,6 @@ def test_answers_of_vits_and_tasks():
          for row in rows]).startswith("Yes")
 
 
-def test_pretext_accuracy(tmp_path):
-    """Three of eight queries are their own key, the others one of the queue."""
-    run = lesson("moco_bn_leak").PretextRun(
-        options(moco, [*TINY, "--batch-size", 8, "--out", tmp_path]))
-    run.queue = torch.nn.functional.normalize(draw(5, 20, dtype=torch.float32), dim=0)
-    keys = torch.nn.functional.normalize(draw(8, 5, seed=1, dtype=torch.float32))
-    order = moco.permutation(run.args, 0, "cpu")
-    run.vectors = {"net": torch.cat([keys[:3], run.queue.T[:5]]), "net_ema": keys[order]}
-    p = torch.zeros(1, requires_grad=True)
-    p.grad = p.detach()
-    optimizer = torch.optim.SGD([p], 0.1, fused=True)
-    run.update(optimizer, torch.amp.GradScaler("cpu", enabled=False), p.sum())
-    assert run.pretext_top1.item() == 100 * 3 / 8
-
-
 def test_terms_of_every_step(tmp_path):
     """Their means over an epoch are what the run prints."""
     argv = [*TINY, "--epochs", 2, "--batch-size", 10, "--eval-every", 0, "--out", tmp_path]
@@ -306,7 +289,7 @@ def test_what_a_lesson_cannot_use(tmp_path, capsys):
     assert "--eval" in refused("head", capsys, *argv, "--eval", "last.pt")
     assert "toys" in refused("head", capsys, *argv, "--dataset", "cifar10")
     argv += ["--dataset", folder_of(40, tmp_path / "images")]
-    assert "no labels" in refused("moco_queue", capsys, *argv, "--bn-splits", 2)
+    assert "no labels" in refused("moco_momentum", capsys, *argv, "--bn-splits", 2)
 
 
 def test_dinov2_table(tmp_path, monkeypatch, capsys):
