@@ -6,7 +6,7 @@ and is better the slower f_k follows, from 0.9 (55.2 % on ImageNet) to 0.999 (59
 
 A run on the built-in set has a few hundred steps, not a million: what counts is the half-life of
 f_k beside the run and beside the time that a key waits in the queue. So the best m is smaller here,
-and a value as large as the paper's leaves f_k at its random start.
+and a value as large as the paper's is no better.
 
     python lessons/moco_momentum.py
     python lessons/moco_momentum.py --dataset cifar10 --epochs 100 --ms 0 0.9 0.99 0.999
