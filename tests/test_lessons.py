@@ -16,7 +16,6 @@ import common
 import dino
 import dinov2
 import ibot
-import moco
 import pretext
 import simclr
 from lessons import checkpoint, shared
@@ -46,7 +45,6 @@ def written(folder, name):
     ("dino_collapse", 2 * 2, "--batch-size 20 --every 1"),
     ("teacher", 3 * 2, "--batch-size 40"),
     ("moco_momentum", 1, "--batch-size 40 --ms 0.9"),
-    ("moco_steps", 2, "--batch-size 40"),
     ("pretext_tasks", 3 + 1, "--tasks patch"),
 ])
 def test_lesson(tmp_path, monkeypatch, name, rows, own):
@@ -191,20 +189,6 @@ def test_answers():
         rows = [row(linear_top1=v) | {"method": "DINO", "bits": b}
                 for b, v in ((0, 90), (1, marked))]
         assert answer(rows).startswith(holds)
-
-
-def test_moco_rows():
-    """Each row of the slide switches on what it names; v1 is --v1."""
-    module = lesson("moco_steps")
-    made = {row: vars(completed(moco, module.flags(on))) for row, (on, _) in module.ROWS.items()}
-    v1, a, b, c, d = made.values()
-
-    def changed(x, y):
-        return {k for k in x if x[k] != y[k]}
-
-    assert changed(v1, a) == {"head", "temperature"} and changed(v1, b) == {"aug"}
-    assert changed(v1, c) == {"head", "temperature", "aug"} and changed(c, d) == {"schedule"}
-    assert all(v1[k] == value for k, value in moco.V1.items())
 
 
 def test_answers_of_vits_and_tasks():
