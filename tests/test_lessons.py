@@ -181,8 +181,8 @@ def test_answers():
         assert answer(rows).startswith(holds)
     answer = lesson("temperature").answer
     for middle, holds in ((90, "Yes"), (71, "Not")):
-        rows = [row(tau=t, uniformity=u, alignment=a, linear_top1=v)
-                for t, u, a, v in ((0.1, -30, 9, 70), (0.2, -20, 5, middle), (1, -10, 1, 60))]
+        rows = [row(tau=t, uniformity=u, linear_top1=v, knn_top1=v)
+                for t, u, v in ((0.1, -10, 70), (0.2, -30, middle), (1, -20, 60))]
         assert answer(rows).startswith(holds)
     answer = lesson("competing").answer
     for marked, holds in ((50, "Yes"), (89, "Not")):
