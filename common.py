@@ -1158,7 +1158,7 @@ def read_all(files, shorter, memory_gb, workers):
     for image in pool.map(read_image, files, [shorter] * len(files)):
         images.append(image)
         if not isinstance(image, str):
-            largest = np.maximum(largest, image.shape[:2])
+            largest = np.maximum(largest, sorted(image.shape[:2]))
         if len(images) * 3 * largest.prod() > memory_gb * 2**30:
             images = None
             break
@@ -1377,10 +1377,12 @@ def hold_out(labels):
 
 
 def pad(images, sizes):
-    """List of arrays (H, W[, 3]) uint8 -> (N, 3, H, W) of the largest of sizes (N, 2)."""
-    pixels = torch.zeros(len(images), 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    """List of arrays (H, W[, 3]) uint8 of sizes (N, 2) -> (N, 3, longest, widest): images that are
+    wider than high lie transposed, as padding all to one size would double the work otherwise."""
+    pixels = torch.zeros(len(images), 3, sizes.amax(), sizes.amin(1).amax(), dtype=torch.uint8)
     for place, image in zip(pixels, images):
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
+        image = image.mT if image.shape[1] < image.shape[2] else image
         place[:, : image.shape[1], : image.shape[2]] = image  # grey: one channel for three
     return pixels
 
@@ -1399,10 +1401,13 @@ class Crop(NamedTuple):
     ratio: tuple = None
     count: int = 1
 
-    def boxes(self, sizes):
-        if self.ratio is None:
-            return central_boxes(sizes, self.scale)
-        return random_boxes(sizes, self.scale, self.ratio)
+    def cut(self, x, sizes):
+        """One view (N, 3, size, size) of images padded by pad, of the sizes (N, 2) they had."""
+        boxes = (random_boxes(sizes, self.scale, self.ratio) if self.ratio
+                 else central_boxes(sizes, self.scale))
+        high = (sizes[:, 0] >= sizes[:, 1]).view(-1, 1)
+        view = crop_resize(x, torch.where(high, boxes, boxes[:, [1, 0, 3, 2]]), self.size)
+        return torch.where(high.view(-1, 1, 1, 1), view, view.mT)
 
 
 def reseed(*numbers):
@@ -1413,25 +1418,20 @@ def reseed(*numbers):
         torch.manual_seed(state)  # of all devices; slow where there is none
 
 
-def batches(images, order, size, crops, device, workers=0, seed=None, first=0):
+def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
     """Yield (views, index) for `order` (indices into images) cut into batches of `size`.
 
     views: for every crop and each of its count, float (B, 3, S, S) in [0, 1]. seed, a tuple: batch
     i and all that is drawn while it is in use depend on (*seed, first + i) alone.
     """
-    chunks = order.split(size)
-    if images.files:
-        items = stream(images, chunks, workers)
-    else:
-        on_device = order.to(device).split(size)  # at once: copying to a GPU makes it wait
-        items = ((images.pixels[i], images.sizes[i], j) for i, j in zip(on_device, chunks))
+    chunks, here = order.split(size), order.to(device).split(size)  # at once: copies to a GPU wait
+    items = stream(images, chunks, workers) if images.files else (
+        (images.pixels[i], images.sizes[i], j) for i, j in zip(here, chunks))
     for i, (x, sizes, index) in enumerate(items):
-        x = x.to(device, non_blocking=True).float() / 255
+        x = x.to(device, non_blocking=True).float().div_(255)
         sizes = sizes.to(device, non_blocking=True)
-        if seed is not None:
-            reseed(*seed, first + i)
-        views = [crop_resize(x, c.boxes(sizes), c.size) for c in crops for _ in range(c.count)]
-        yield views, index
+        reseed(*seed, first + i)
+        yield [c.cut(x, sizes) for c in crops for _ in range(c.count)], index
 
 
 def stream(images, chunks, workers, ahead=3):

@@ -13,7 +13,7 @@
 #
 # and, not in `all`, for a machine without a GPU:
 #
-#   cpu          small networks, 5 to 20 epochs: about an hour a file on one core
+#   cpu          small networks, 3 to 20 epochs: about an hour a file on one core
 #
 # The others are for one GPU, with --compile, not proven there yet. What is finished is left alone and
 # what was cut goes on where it was, so the same command can be given again. Every method trained
@@ -109,8 +109,8 @@ cpu() { # the networks of the built-in set's recipes, convnet twice as wide
             simclr) epochs=20 own=("${convnet[@]}" --lr 0.4) ;;
             moco) epochs=20 own=("${convnet[@]}" --queue 4096) ;;
             byol) epochs=14 own=("${convnet[@]}") ;;
-            pretext) epochs=5 own=(--arch convnet_wide --shade 0) ;; # of four turned images
-            ibot) epochs=12 own=("${vit[@]}" --tau-t-patch 0.04) ;;
+            pretext) epochs=3 own=(--arch convnet_wide --shade 0) ;; # of four turned images
+            ibot) epochs=8 own=("${vit[@]}" --tau-t-patch 0.04) ;;
             *) epochs=12 own=("${vit[@]}") ;;
             esac
             run "runs/$method-$name-cpu-s$seed" "$method.py" --dataset "$data" --device cpu \
@@ -131,8 +131,7 @@ table() {
             --out "benchmarks/$name.png"
     fi
     if grep -q -- "^[^,]*-$name-cpu," $csv; then
-        $python benchmarks/figure.py --csv $csv --name "*-$name-cpu" \
-            --out "benchmarks/$name-cpu.png"
+        $python benchmarks/course.py --name "*-$name-cpu-s*" --out "benchmarks/$name-cpu"
     fi
 }
 

@@ -1,7 +1,5 @@
 """Accuracy against minutes of training, from a CSV of table.py.
 
-    python benchmarks/figure.py --csv benchmarks/cifar10.csv --name '*-cifar10-cpu' \\
-        --out benchmarks/cifar10-cpu.png
     python benchmarks/figure.py --csv benchmarks/cifar10.csv --name '*-cifar10-e*' --peers \\
         --out benchmarks/cifar10.png
 

@@ -61,6 +61,7 @@ ROWS = {  # -> {option: values}, the slide's k-NN and linear top-1
     "+ untied heads = DINOv2": ({"tied_heads": False}, 82.0, 84.5),
 }
 TOP1 = ("knn_top1", "linear_top1")
+FLOORS = [f"untrained_{key}" for key in TOP1]
 FREE = "out resume device data_dir workers memory_limit".split()  # may change between the parts
 
 
@@ -105,7 +106,7 @@ def results_of(folder, argv):
     with common.Run(args) as run:
         common.write(run.folder / "asked.json", json.dumps(asked))
         net, data = dinov2.train(args, run)
-        found = dinov2.evaluate(net, data, args, run)
+        found = dinov2.evaluate(net, data, args, run) | shared.untrained(dinov2, data, run)
         return run.finish(net.backbone, found, dinov2.MEAN, dinov2.STD, dinov2.loading(args))
 
 
@@ -128,15 +129,19 @@ def answer(table):
 
 def draw(whole, means, epochs):
     """means: a row for each of ROWS."""
-    left, right = whole.subplots(1, 2)
-    for i, key in enumerate(TOP1, 1):
-        shared.lines(left, [mean | {"top-1": key} for mean in means], "top-1", "row", key)
-        right.plot([*ROWS], [row[i] for row in ROWS.values()], "o-", label=key)
-    right.legend()
-    for ax, title in ((left, f"here, validation top-1 in %, after {epochs} epochs"),
-                      (right, "slide, ImageNet top-1 in %, ViT-L")):
-        ax.set(title=title, xlabel="")
-        ax.tick_params("x", rotation=90)
+    left, right = whole.subplots(1, 2, sharey=True)
+    names = [mean["row"] for mean in means]
+    for i, (key, colour) in enumerate(zip(TOP1, ("tab:blue", "tab:orange")), 1):
+        label = "k-NN" if key == "knn_top1" else "linear"
+        top1, deviations, floor = ([mean[k] for mean in means]
+                                   for k in (key, f"{key}_sd", f"untrained_{key}"))
+        left.errorbar(top1, names, xerr=deviations, fmt="o-", c=colour, capsize=3, label=label)
+        left.plot(floor, names, ":", c=colour, label=f"{label}, untrained")
+        right.plot([row[i] for row in ROWS.values()], [*ROWS], "o-", c=colour)
+    left.legend(fontsize=9)
+    left.invert_yaxis()
+    left.set(title=f"here, validation top-1 in %, after {epochs} epochs")
+    right.set(title="slide, ImageNet top-1 in %, ViT-L")
 
 
 def show(table):
@@ -169,10 +174,10 @@ def main(argv=None):
                 common.fail("these images have no labels, there is nothing to probe for")
             rows.append(found | {"row": row, "seconds": found["train_seconds"]})
     shared.write_csv(f"{own.out}/dinov2_table.csv", rows, [
-        "row", "seed", "epochs", *chosen, *TOP1, "seconds", "rank_h", "spread"])
-    means = shared.over_seeds(rows, ["row"], TOP1)
+        "row", "seed", "epochs", *chosen, *TOP1, *FLOORS, "seconds", "rank_h", "spread"])
+    means = shared.over_seeds(rows, ["row"], [*TOP1, *FLOORS])
     table = {row: {key: [r[key] for r in rows if r["row"] == row] for key in TOP1} for row in ROWS}
-    shared.figure(f"{own.out}/dinov2_table.png", (11, 6), draw, means, found["epochs"],
+    shared.figure(f"{own.out}/dinov2_table.png", (12, 5), draw, means, found["epochs"],
                   claim="Ten changes lead from iBOT to DINOv2", answer=answer(table))
     show(table)
     return table

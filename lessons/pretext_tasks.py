@@ -103,11 +103,16 @@ def draw(whole, means, epochs):
     tasks = [row for row in means if row["name"] not in FLOORS]
     for ax, key, label in ((left, "linear_top1", "linear"), (right, "knn_top1", "k-NN")):
         shared.bars(ax, tasks, "name", {key: ""})
+        for row, bar in zip(tasks, ax.patches):
+            bar.set_facecolor("tab:blue" if row["name"] in TASKS else "tab:orange")
         for row in means[: len(FLOORS)]:
-            shared.floor(ax, row[key], FLOORS[row["name"]])
+            side = "left" if row["name"] == "pixels" else "right"  # they may be at the same height
+            shared.floor(ax, row[key], FLOORS[row["name"]], side)
         ax.set(ylabel=f"{label} top-1 of h, %")
-    right.tick_params("x", rotation=30)
-    right.set(xlabel=f"after {epochs} epochs")
+        ax.margins(x=0.13)
+    right.tick_params("x", rotation=20)
+    unguarded = any(row["name"] not in TASKS for row in tasks)
+    right.set(xlabel=f"after {epochs} epochs" + unguarded * "; orange: without a guard")
 
 
 def of_tasks(rows, means):

@@ -116,7 +116,8 @@ def figure(path, size, draw, *given, claim="", answer=""):
     if claim:
         whole.suptitle(textwrap.fill(claim, int(9 * size[0])), fontsize=13, fontweight="bold")
     if answer:
-        whole.supxlabel(textwrap.fill(answer, int(11 * size[0])), fontsize=11)
+        text = answer.replace(" %", "\u00a0%")  # a number and its % stay on one line
+        whole.supxlabel(textwrap.fill(text, int(11 * size[0])), fontsize=11)
     draw(whole, *given)
     common.write(path, lambda part: whole.savefig(part, format="png"))
 
@@ -146,8 +147,9 @@ def bars(ax, rows, by, columns, hatched=(), fmt="%.0f"):
     ax.margins(y=0.2)
 
 
-def floor(ax, level, label="untrained network"):
+def floor(ax, level, label="untrained network", side="right"):
     """A dotted line at a level that takes no learning."""
     ax.axhline(level, ls=":", c="black", lw=1)
-    ax.annotate(label, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                fontsize=8, bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5})
+    ax.annotate(label, (0.99 if side == "right" else 0.005, level), ha=side, va="bottom",
+                xycoords=("axes fraction", "data"), fontsize=8,
+                bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5})

@@ -82,7 +82,7 @@ def test_supervised_errors(tmp_path, capsys):
 
 
 # ==================================================================================================
-# table.py, figure.py
+# table.py, figure.py, course.py
 # ==================================================================================================
 
 
@@ -117,6 +117,37 @@ def test_table(tmp_path):
         quiet(table, ["--runs", runs])
     with pytest.raises(SystemExit, match="run something first"):
         quiet(table, ["--runs", runs, "--name", "none"])
+
+
+def test_course(tmp_path):
+    """Minutes follow from the images/s of the epochs; rows of runs that are gone stay."""
+    course, runs, out = benchmark("course"), tmp_path / "runs", tmp_path / "c"
+    floors = dict(zip(course.FLOORS, (40.0, 30.0, 45.0, 35.0)))
+    for name, top1 in (("simclr-x-s0", 60.0), ("dino-x-s0", 50.0)):
+        method, arch = name.split("-")[0], {"s": "convnet", "d": "vit_conv"}[name[0]]
+        written(runs, name, method=method, arch=arch, train_seconds=240.0, **floors)
+        metrics = [{"epoch": 1, "images_per_second": 10}, {"epoch": 2, "images_per_second": 30}]
+        for row in metrics:
+            row |= {"linear_top1": top1 + row["epoch"], "knn_top1": top1}
+        metrics.insert(1, {"epoch": 1, "images_per_second": 15})  # 6, 4, 2 parts of 240 s
+        (runs / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    written(runs, "supervised-x-s0", supervised_top1=88.0, linear_top1=87.0, knn_top1=86.0,
+            arch="convnet")
+    figure = course.main(["--runs", str(runs), "--out", str(out)])
+    rows = read(f"{out}.csv")
+    assert [row["minutes"] for row in rows] == ["2", "4", "2", "4", "1"]
+    assert [row["linear_top1"] for row in rows] == ["51", "52", "61", "62", "87"]
+    lines = [[*line.get_xdata()] for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
+    assert [2.0, 4.0] in lines and np.asarray(Image.open(f"{out}.png")).std() > 20
+    texts = [{t.get_text() for t in ax.texts} for ax in figure.axes]
+    assert texts[0] == {"raw pixels 40.0", "convnets, untrained 45.0", "ViT, untrained 45.0",
+                        "convnet, with labels 87.0"}
+    assert "ViT, untrained 35.0" in texts[1] and "convnet, with labels 86.0" in texts[1]
+    shutil.rmtree(runs / "dino-x-s0")
+    course.main(["--runs", str(runs), "--out", str(out)])
+    assert read(f"{out}.csv") == rows
+    with pytest.raises(SystemExit, match="no finished run"):
+        course.main(["--runs", str(runs), "--name", "none", "--out", str(tmp_path / "d")])
 
 
 def test_figure(tmp_path):
@@ -308,12 +339,12 @@ def test_cifar10_in_order(scripts):
     cpu = [f"runs/{m}-cifar10-cpu-s0" for m in (
         "simclr", "moco", "byol", "pretext", "dino", "ibot", "dinov2", "supervised-simclr",
         "supervised-dino")]
-    pictures = ["benchmarks/cifar10.csv", "benchmarks/cifar10.png", "benchmarks/cifar10-cpu.png"]
+    pictures = ["benchmarks/cifar10.csv", "benchmarks/cifar10.png", "benchmarks/cifar10-cpu"]
     outs = [value(c, "--out") for c in commands]
     assert outs == [*cpu, *speed, *ceilings, *trained("simclr", 80), *short, *long, *pictures]
     again, commands = scripts("cifar10", "cpu", "all")
     assert again.returncode == 0 and [c[0] for c in commands] == [
-        "benchmarks/table.py", "benchmarks/figure.py", "benchmarks/figure.py"]
+        "benchmarks/table.py", "benchmarks/figure.py", "benchmarks/course.py"]
     assert again.stdout.count("skipped") == len(METHODS) + len(outs) - len(speed) - 3
 
 
@@ -333,7 +364,7 @@ def test_cifar10_options(scripts):
         assert args.compile == (not again and not cpu)
         assert args.dataset == "cifar10"
         if cpu:
-            assert args.device == "cpu" and 5 <= args.epochs <= 20
+            assert args.device == "cpu" and 3 <= args.epochs <= 20
         else:
             assert args.epochs == int(folder.split("-e")[1].split("-")[0])
         assert ("resnet18" in folder) == (args.arch == "resnet18")
