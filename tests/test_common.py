@@ -1175,10 +1175,10 @@ def test_limit(tmp_path):
 
 def test_memory_limit_is_of_what_the_images_take(tmp_path, capsys):
     tree(tmp_path, x=60)
-    for i, size in enumerate(((900, 40), (40, 900))):  # the middle is kept: 80 x 40, 40 x 80
+    for i, size in enumerate(((900, 40), (40, 900))):  # the middle: 80 x 40, and 40 x 80 turned
         Image.new("RGB", size).save(tmp_path / "x" / f"long{i}.png")
     data = common.Data(str(tmp_path))
-    take = 62 * 3 * 80 * 80 / 2**30
+    take = 62 * 3 * 80 * 40 / 2**30
     for memory_gb, streamed in ((1.01 * take, False), (0.99 * take, True)):
         data.read(16, CPU, memory_gb, 2)
         assert bool(data.train.files) == streamed == (data.train.pixels is None)
