@@ -166,10 +166,11 @@ def options(method, doc, table, argv=None):
     o("--eval-every", **FROM_0, help="epochs (a quarter of the run; 0: never)")
     o("--knn-k", **FROM_1, default=20, help="neighbours (20)")
     o("--knn-tau", **POSITIVE, default=0.07, help="temperature of their votes (0.07)")
-    o("--embed", metavar="FILE", help="write h, name and label of every image (.npz)")
+    o("--embed", metavar="FILE", help="write h, name, split, label of all images (.npz)")
     args = p.parse_args(argv)
-    for name in [k for k, value in vars(args).items() if value == ""]:
-        fail(f"--{name.replace('_', '-')} is given without a value")
+    for name, value in vars(args).items():
+        if value == "":
+            fail(f"--{name.replace('_', '-')} is given without a value")
     if args.init and args.eval:
         fail("--init starts a training and --eval does without one: give one of the two")
     return args
@@ -203,7 +204,7 @@ def choose_column(side, table, device):
         print("no GPU, and this recipe is for one: --image-size 64 takes one for a CPU")
     if column == 1 and device.type == "cpu":
         column = 0
-        print(f"no GPU, so a recipe for a CPU, not {table['arch'][1]}, {table['epochs'][1]} epochs")
+        print(f"no GPU: a CPU's recipe instead of {table['arch'][1]}, {table['epochs'][1]} epochs")
     return column
 
 
@@ -238,10 +239,10 @@ def load_data(args, table, run):
     items, labels = data.parts["train"]  # no labels yet for the built-in set
     names = [os.path.basename(f) for f in items if isinstance(f, str)]
     args.checksum = zlib.crc32(repr((names, np.ravel(labels).tolist())).encode())
-    print(f"{n:,} training images, {len(data.val[1]):,} validation images")
+    print(f"{n:,} training images, {len(data.val[1]):,} for validation")
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
-        fail(f"--batch-size {args.batch_size} has to be at most the number of training images, "
-             f"{n}, and a multiple of that of processes, {run.world}")
+        fail(f"--batch-size {args.batch_size} is over the number of training images, {n}, or no "
+             f"multiple of that of processes, {run.world}")
     if not len(data.val[1]):
         fail("too few training images: none can be held out where no class has two")
     data.per_epoch = max(n // args.batch_size, 1)
@@ -274,8 +275,8 @@ class Run:
         self.sums, self.bar, self.signal, self.stopped = None, None, 0, 0
         self.handlers, self.saved = {}, time.perf_counter()
         self.every = 10 if self.device.type == "cuda" else 1  # to read from a GPU is to wait for it
-        print(f"{args.method} on {args.dataset}, {self.world} x {self.name}, {self.dtype}, "
-              f"to {printable(self.folder)}")
+        print(f"{args.method} on {args.dataset}, {self.world} x {self.name}, "
+              f"{self.dtype or torch.float32}, to {printable(self.folder)}")
 
     def _choose_device(self, name, amp):
         found = ["cuda"] if torch.cuda.is_available() else []
@@ -562,7 +563,7 @@ class Run:
 
         loading: lines of Python that make the untrained backbone as `net`.
         """
-        path = self.folder / "backbone.pt"
+        path = self.folder.absolute() / "backbone.pt"
         weights = {k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}
         saved = {"state_dict": weights, "meta": vars(self.args) | {"mean": mean, "std": std}}
         write(path, lambda part: torch.save(saved, part))
@@ -580,7 +581,8 @@ class Run:
         print(f"{results['total_seconds']:.0f} s in all, {self.seconds:.0f} s of training, "
               f"{results['images_per_second']:,.0f} images/s")
         print(f"\nThe backbone, for (RGB in [0, 1] - {mean}) / {std}:\n\n{loading}\n"
-              f"net.load_state_dict(torch.load({str(path)!r}, weights_only=True)['state_dict'])\n")
+              f"net.load_state_dict(torch.load({str(path)!r}, weights_only=True)"
+              "['state_dict'])\nnet.eval()\n")
         return results
 
 
@@ -836,9 +838,9 @@ def curves(path, rows, panels):
     write(path, lambda part: figure.savefig(part, format="png"))
 
 
-def picture(path, columns, size=96):
+def picture(path, columns):
     """A PNG with a row per image: columns is a list of (N, 3, H, W) in [0, 1]."""
-    size = max(size, *(c.shape[-1] for c in columns))
+    size = max(96, *(c.shape[-1] for c in columns))
     tiles = torch.stack([F.interpolate(c.float().cpu(), (size, size)) for c in columns], 1)
     write(path, lambda part: save_image(tiles.flatten(0, 1), part, nrow=len(columns), padding=4,
                                         pad_value=1.0, format="png"))
@@ -938,16 +940,16 @@ def color_jitter(x, brightness, contrast, saturation, hue, p):
     draws = uniform(-1, 1, (3, n, 1, 1, 1), device)
     strengths = (brightness, contrast, saturation)
     factor = torch.stack([1 + draw * most for draw, most in zip(draws, strengths)]).clamp(min=0)
-    factor = torch.where(jittered, factor, 1.0)
     shift = torch.where(jittered, uniform(-hue, hue, (n, 1, 1, 1), device), 0.0)
     order = torch.rand(3, n, 1, 1, 1, device=device).argsort(0)
+    factor = torch.where(jittered, factor, 1.0).gather(0, order)
     shuffle = torch.rand(n, device=device).argsort()  # PyTorch 2.11 can't compile x[randperm(n)]
     x = x[shuffle]
     for turn in range(4):
         quarter = slice(n * turn // 4, n * (turn + 1) // 4)
         x[quarter] = turn_hue(x[quarter], shift[quarter])
         if turn < 3:
-            which, f, g = order[turn], factor.gather(0, order[turn : turn + 1])[0], to_grey(x)
+            which, f, g = order[turn], factor[turn], to_grey(x)
             black_or_mean = torch.where(which == 0, 0.0, g.mean((2, 3), keepdim=True))
             x = torch.lerp(torch.where(which == 2, g, black_or_mean), x, f).clamp(0, 1)
     return torch.empty_like(x).index_copy_(0, shuffle, x)
@@ -1038,8 +1040,8 @@ def toys(n, size, seed):
               "ground": (0.42, 0.45)}
     f = {k: torch.rand(n, generator=g) * (b - a) + a for k, (a, b) in ranges.items()}
     f["radius"], f["direction"] = f["radius"].exp(), f["direction"].sign()
-    f["x"] *= 1 - 0.65 * f["radius"]
-    f["y"] *= 1 - 0.65 * f["radius"]
+    for place in "xy":
+        f[place] *= 1 - 0.65 * f["radius"]
     light, depth = torch.empty(2, n, size, size)
     parts = torch.empty(n, size, size, dtype=torch.uint8)
     fine = (torch.arange(2 * size) + 0.5) / size - 1  # 2 x 2 points a pixel
@@ -1190,8 +1192,8 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 @dataclass
 class Images:
     """N images: labels (N,) int64, -1 unknown, and either files, to be read with a shorter side of
-    at most `shorter`, or on the device pixels (N, 3, H, W) uint8, padded at the right and bottom,
-    with sizes (N, 2) height, width. names: the files', or numbers."""
+    at most `shorter`, or on the device pixels (N, 3, H, W) uint8, put in one by `pad`, and sizes
+    (N, 2), the height and width they had. names: the files', or numbers."""
 
     labels: torch.Tensor
     pixels: torch.Tensor = None
@@ -1405,9 +1407,9 @@ class Crop(NamedTuple):
         """One view (N, 3, size, size) of images padded by pad, of the sizes (N, 2) they had."""
         boxes = (random_boxes(sizes, self.scale, self.ratio) if self.ratio
                  else central_boxes(sizes, self.scale))
-        high = (sizes[:, 0] >= sizes[:, 1]).view(-1, 1)
+        high = sizes.diff(dim=1) <= 0  # (N, 1), height >= width
         view = crop_resize(x, torch.where(high, boxes, boxes[:, [1, 0, 3, 2]]), self.size)
-        return torch.where(high.view(-1, 1, 1, 1), view, view.mT)
+        return torch.where(high[..., None, None], view, view.mT)
 
 
 def reseed(*numbers):
@@ -1424,9 +1426,12 @@ def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
     views: for every crop and each of its count, float (B, 3, S, S) in [0, 1]. seed, a tuple: batch
     i and all that is drawn while it is in use depend on (*seed, first + i) alone.
     """
-    chunks, here = order.split(size), order.to(device).split(size)  # at once: copies to a GPU wait
-    items = stream(images, chunks, workers) if images.files else (
-        (images.pixels[i], images.sizes[i], j) for i, j in zip(here, chunks))
+    chunks = order.split(size)
+    if images.files:
+        items = stream(images, chunks, workers)
+    else:
+        here = order.to(device).split(size)  # at once: copying to a GPU makes it wait
+        items = ((images.pixels[i], images.sizes[i], j) for i, j in zip(here, chunks))
     for i, (x, sizes, index) in enumerate(items):
         x = x.to(device, non_blocking=True).float().div_(255)
         sizes = sizes.to(device, non_blocking=True)

@@ -146,7 +146,7 @@ def test_what_is_left_open_comes_from_the_column(name, capsys):
         args = tools.completed(file, [], side, n=5000, device=device)
         printed = capsys.readouterr().out
         assert f"recipe {names[column]}:" in printed
-        assert ("no GPU, so a recipe for a CPU" in printed) == (side == 28)
+        assert ("no GPU: a CPU's recipe" in printed) == (side == 28)
         for k, row in file.OPTIONS.items():
             value = row[column](args, 5000) if callable(row[column]) else row[column]
             value = min(value, side) if k == "image_size" and column else value
@@ -1103,7 +1103,7 @@ def test_probes_on_another_set(tmp_path, capsys):
     argv = ["--dataset", mine, "--labelled", labelled, "--image-size", 16, "--batch-size", 8,
             "--epochs", 1, "--device", "cpu", "--arch", "convnet", "--out", tmp_path / "run"]
     results, out = tools.quiet(simclr, argv)
-    assert "40 training images, 4 validation images" in out and "20, test 7" in out
+    assert "40 training images, 4 for validation" in out and "20, test 7" in out
     assert all(0 <= results[k] <= 100 for k in ("linear_top1", "untrained_knn_top1"))
     _, data, _ = tools.train(simclr, argv)
     assert len(data.val[1]) == 4 and data.labelled
