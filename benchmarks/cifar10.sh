@@ -117,7 +117,7 @@ cpu() { # the networks of the built-in set's recipes, convnet twice as wide
                 --image-size 32 --epochs "$epochs" "${own[@]}" --seed "$seed"
         done
         run "runs/supervised-simclr-$name-cpu-s$seed" benchmarks/supervised.py simclr --device cpu \
-            --dataset "$data" --image-size 32 --epochs 20 "${convnet[@]}" --seed "$seed"
+            --dataset "$data" --image-size 32 --epochs 10 "${convnet[@]}" --seed "$seed"
         run "runs/supervised-dino-$name-cpu-s$seed" benchmarks/supervised.py dino --device cpu \
             --dataset "$data" --image-size 32 --epochs 12 --lr 2e-3 --batch-size 128 --seed "$seed"
     done
