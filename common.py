@@ -1408,7 +1408,8 @@ class Crop(NamedTuple):
         boxes = (random_boxes(sizes, self.scale, self.ratio) if self.ratio
                  else central_boxes(sizes, self.scale))
         high = sizes.diff(dim=1) <= 0  # (N, 1), height >= width
-        view = crop_resize(x, torch.where(high, boxes, boxes[:, [1, 0, 3, 2]]), self.size)
+        turned = boxes.view(-1, 2, 2).flip(2).flatten(1)  # left, top, width, height
+        view = crop_resize(x, torch.where(high, boxes, turned), self.size)
         return torch.where(high[..., None, None], view, view.mT)
 
 

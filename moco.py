@@ -170,8 +170,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         super().__init__(features)
         self.splits = splits
 
+    @torch.compiler.disable  # it would take minutes to compile all parts of all layers
     def forward(self, x):
-        if not self.training or self.splits == 1:
+        if not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
         share = 1 - (1 - self.momentum) ** (1 / self.splits)  # all parts together: self.momentum
@@ -187,7 +188,8 @@ class MoCo(nn.Module):
 
     def __init__(self, arch="resnet50", stem="7x7", head="mlp", dim=128, splits=1):
         super().__init__()
-        self.backbone = encoder(arch, stem, functools.partial(SplitBatchNorm2d, splits=splits))
+        split = functools.partial(SplitBatchNorm2d, splits=splits)
+        self.backbone = encoder(arch, stem, split if splits > 1 else nn.BatchNorm2d)
         d = self.backbone.dim
         if head == "mlp":
             self.head = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, dim))

@@ -255,7 +255,7 @@ def options(argv=None):
         if getattr(args, name) is None:
             value = row[column]
             setattr(args, name, value(args, IMAGES) if callable(value) else value)
-    args.limit = args.limit or max(1024, args.batch_size)
+    args.limit = args.limit or max(1024, 8 * args.batch_size)  # each epoch makes a GPU wait once
     return own, args, method
 
 

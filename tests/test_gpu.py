@@ -99,6 +99,16 @@ class Data(common.Data):
             self.waits.forbidden = False
 
 
+def unwaiting(cut, waits):
+    """Crop.cut, in which nothing may wait either."""
+    def watched(*given):
+        before, waits.forbidden = waits.forbidden, True
+        view = cut(*given)
+        waits.forbidden = before
+        return view
+    return watched
+
+
 def outside(f):
     """f, computed on the host with values; a list of tensors then goes to the GPU."""
     def real(*given):
@@ -130,6 +140,7 @@ def on_a_gpu(name, flags, dtype, folder, **replaced):
         for patch in (
             mock.patch.multiple(common, Data=Data, show_views=nothing, write=nothing),
             mock.patch.object(Data, "waits", waits),
+            mock.patch.object(common.Crop, "cut", unwaiting(common.Crop.cut, waits)),
             mock.patch.multiple(file, **{k: outside(getattr(file, k)) for k in hosted}, **replaced),
             mock.patch.multiple(torch, _fused_sgd_=fused, _fused_adamw_=fused,
                                 Generator=lambda *_: generator()),
@@ -176,3 +187,12 @@ def test_mistakes_show(mistake, error, tmp_path):
 
     with pytest.raises(Exception, match=error):
         on_a_gpu("simclr", "", torch.bfloat16, tmp_path / "run", nt_xent=nt_xent)
+
+
+def test_mistakes_in_crops_show(tmp_path, monkeypatch):
+    def boxes(*given, made=common.random_boxes):
+        return made(*given)[:, [0, 1, 2, 3]]
+
+    monkeypatch.setattr(common, "random_boxes", boxes)
+    with pytest.raises(AssertionError, match="waits for the GPU to copy"):
+        on_a_gpu("simclr", "", torch.bfloat16, tmp_path / "run")
