@@ -108,8 +108,8 @@ cpu() { # the networks of the built-in set's recipes, convnet twice as wide
         for method in simclr moco byol pretext dino ibot dinov2; do
             case $method in
             simclr) epochs=20 own=("${convnet[@]}" --lr 0.4) ;;
-            moco) epochs=20 own=("${convnet[@]}" --queue 4096) ;;
-            byol) epochs=14 own=("${convnet[@]}") ;;
+            moco) epochs=20 own=("${convnet[@]}" --batch-size 128 --queue 1024) ;;
+            byol) epochs=14 own=("${convnet[@]}" --batch-size 128) ;;
             pretext) epochs=3 own=(--arch convnet_wide --shade 0) ;; # of four turned images
             ibot) epochs=8 own=("${vit[@]}" --tau-t-patch 0.04) ;;
             *) epochs=12 own=("${vit[@]}") ;;
