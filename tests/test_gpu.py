@@ -178,7 +178,7 @@ def test_run(name, flags, half, tmp_path):
     (lambda s: s * float(s.mean() > 0), "reads a value"),
     (lambda s: s[s > 0], "nonzero"),
     (lambda s: s * s.new_tensor([2.0]), "waits for the GPU to copy"),
-    (lambda s: s + torch.ones(s.shape[1]), "the same device"),
+    (lambda s: s + torch.ones(s.shape[1]), "the same device|two different devices"),
 ])
 def test_mistakes_show(mistake, error, tmp_path):
     """Each of them in NT-Xent's place."""
