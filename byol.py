@@ -90,6 +90,8 @@ OPTIONS = {  # fmt: skip
     "warmup":             (0.1,        0.1,        0.1,        SHARE,      "share of the steps"),
     "m":                  (m_start,    m_start,    m_start,    SHARE,      "rises to 1; 0 stays"),
 }
+# Images up to 64 pixels without a GPU: the first column, but for
+CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(7e5), "batch_size": 128}
 
 # ==================================================================================================
 # Augmentation
@@ -130,9 +132,11 @@ def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
     """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for a CPU,
     four convolutions."""
     if arch.startswith("convnet"):
-        widths = (48, 96, 192, 192) if arch == "convnet_wide" else (24, 48, 96, 96)
+        widths, strides = (24, 48, 96, 96), (2, 2, 2, 1)
+        if arch == "convnet_wide":
+            widths, strides = (48, 96, 192, 384), (2, 2, 2, 2)
         layers, inputs = [], 3
-        for outputs, stride in zip(widths, (2, 2, 2, 1)):
+        for outputs, stride in zip(widths, strides):
             conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
             layers += [conv, norm_layer(outputs), nn.ReLU()]
             inputs = outputs
@@ -275,7 +279,7 @@ def check(args, per_epoch):
 
 def train(args, run):
     """-> the trained online network and the data."""
-    data = common.load_data(args, OPTIONS, run)
+    data = common.load_data(args, OPTIONS, run, CPU)
     N, steps = args.batch_size, args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * N / 256
     print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")

@@ -154,7 +154,8 @@ def options(method, doc, table, argv=None):
     o("--workers", **FROM_0, default=cores(), help="readers of files (a core each)")
     o("--memory-limit", **number(float, 0), default=8, help="GB; more is streamed (8)")
     o = p.add_argument_group(
-        "method", "defaults: built-in set | images up to 64 pixels | larger images").add_argument
+        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: CPU in the file)"
+        " | larger images").add_argument
     for name, (*defaults, allowed, meaning) in table.items():
         if isinstance(allowed, str):
             allowed = one_of(allowed.split("|"))
@@ -185,50 +186,55 @@ def show_value(value):
     return str(value)
 
 
-def recall(args, table):
-    """With --eval: what is left open in args from the run that wrote the file."""
+def hour(images):
+    """Default of --epochs: an hour of one core, for so many images of 32 pixels; at most 200."""
+    return lambda args, n: min(200, max(1, round(images / n * (32 / args.image_size) ** 2)))
+
+
+def choose_recipe(side, table, cpu, device):
+    """Name and values of the recipe for images of this side; None stands for the built-in set's.
+
+    Without a GPU images of up to 64 pixels have that one, too, but for the values in cpu.
+    """
+    built_in, small, large = ({k: row[i] for k, row in table.items()} for i in range(3))
+    if side is None:
+        return "built-in", built_in
+    if side <= 64 and device.type == "cpu":
+        return f"CPU (with a GPU {small['arch']}, {small['epochs']} epochs)", built_in | cpu
+    name, values = ("small", small) if side <= 64 else ("large", large)
+    if device.type == "cpu":
+        name += " (for a GPU; --image-size 64 takes one for a CPU)"
+    return name, values | {"image_size": min(values["image_size"], side)}
+
+
+def recall(args):
+    """The options of the run that wrote the file of --eval."""
     found = read_checkpoint(args.eval) if args.eval else {}
     made = found.get("meta", found.get("args"))
-    for name in table if isinstance(made, dict) else ():  # not of a released file
-        if getattr(args, name) is None:
-            setattr(args, name, made.get(name))
+    return made if isinstance(made, dict) else {}  # of a released file
 
 
-def choose_column(side, table, device):
-    """0, 1 or 2: the recipe for images of this side; None stands for the built-in set's.
-
-    Up to 64 pixels they have the recipe of the built-in set where there is no GPU.
-    """
-    column = 0 if side is None else 1 if side <= 64 else 2
-    if column == 2 and device.type == "cpu":
-        print("no GPU, and this recipe is for one: --image-size 64 takes one for a CPU")
-    if column == 1 and device.type == "cpu":
-        column = 0
-        print(f"no GPU: a CPU's recipe instead of {table['arch'][1]}, {table['epochs'][1]} epochs")
-    return column
-
-
-def load_data(args, table, run):
-    """Find the set, take what is left open in args from the run of --eval and from the column of
-    the table that is for the set, read the set.
+def load_data(args, table, run, cpu=()):
+    """Find the set, take what is left open in args from the recipe for it, with --eval from the run
+    that is evaluated, read the set. cpu: see choose_recipe.
 
     The size that decides is --image-size or, without it, that of the set's images.
     """
-    recall(args, table)
+    made = recall(args)
     data = Data(args.dataset, args.data_dir, args.limit)
-    side = data.side and min(data.side, args.image_size or data.side)
-    column = choose_column(side, table, run.device)
-    for name, row in table.items():  # in order: a function may use the rows above its own
-        if getattr(args, name) is None:
-            value = row[column]
-            if callable(value):
-                value = value(args, len(data.parts["train"][0]))
-            elif name == "image_size" and column:
-                value = min(value, data.side)
-            setattr(args, name, [*value] if isinstance(value, tuple) else value)
+    size = args.image_size or made.get("image_size") or math.inf
+    side = data.side and min(data.side, size)
+    name, values = choose_recipe(side, table, dict(cpu), run.device)
+    n = len(data.parts["train"][0])
+    for k, value in (values | made).items():  # in order: a function may use the rows above its own
+        if k in table and getattr(args, k) is None:
+            value = value(args, n) if callable(value) else value
+            if k == "batch_size":
+                value = min(value, n // 8 * 8 or value)
+            setattr(args, k, [*value] if isinstance(value, tuple) else value)
     args.eval_every = math.ceil(args.epochs / 4) if args.eval_every is None else args.eval_every
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
-    print(f"recipe {['built-in', 'small', 'large'][column]}: {recipe}")
+    print(f"recipe {'of the file' if made else name}: {recipe}")
     how = args.image_size, run.device, args.memory_limit, args.workers
     data.read(*how)
     if args.labelled:
@@ -314,19 +320,15 @@ class Run:
 
         With --resume: that of them which was stopped last.
         """
-        def folder(n):
-            return Path(out) if n == 1 else Path(f"{Path(out)}-{n}")
-
-        n, claimed = 1, [None]
+        folders = [Path(out)] + [Path(f"{Path(out)}-{n}") for n in range(2, 1000)]
+        claimed = [None]
         if main_process() and self.args.resume:
-            stopped = [f for f in map(folder, range(1, 1000)) if (f / "last.pt").exists()
+            stopped = [f for f in folders if (f / "last.pt").exists()
                        and not (f / "results.json").exists()]
             stopped.sort(key=lambda f: os.path.getmtime(f / "last.pt"))
             claimed = stopped[-1:] or fail(f"--resume: no stopped run in {out}, name it by --out")
         elif main_process():
-            while not claim(folder(n)):
-                n += 1
-            claimed = [folder(n)]
+            claimed[0] = next(filter(claim, folders), None) or fail(f"too many runs in {out}-*")
         if self.world > 1:
             dist.broadcast_object_list(claimed)
         return claimed[0]

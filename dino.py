@@ -119,6 +119,9 @@ OPTIONS = {  # fmt: skip
     "m":                 (momentum,   momentum,   momentum,    SHARE,      "momentum, rises to 1"),
     "branch":            ("teacher",  "teacher",  "teacher",   "teacher|student", "of --init"),
 }
+# Images up to 64 pixels without a GPU: the first column, but for
+CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 4,
+       "epochs": common.hour(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2}
 
 # ==================================================================================================
 # Augmentation
@@ -340,8 +343,7 @@ def check(args, steps):
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
     if args.arch == "vit_conv" and (
             args.image_size % args.patch_size or args.patch_size & (args.patch_size - 1)):
-        common.fail("--arch vit_conv halves a view several times: --patch-size has to be a power "
-                    "of 2, and --image-size a multiple of it")
+        common.fail("--patch-size of vit_conv has to be a power of 2 that divides --image-size")
     if args.eval:
         return
     if args.local_scale > args.global_scale:
@@ -349,15 +351,14 @@ def check(args, steps):
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if args.arch in VITS and args.image_size % args.patch_size:
-        print("warning: pixels beyond the last whole patch are cut off, make --image-size a "
-              "multiple of --patch-size")
+        print("warning: --image-size is no multiple of --patch-size, a rest is cut off")
     if args.local_crops and args.local_size >= args.image_size:
         print("warning: local views are not smaller than global ones, lower --local-size")
 
 
 def train(args, run):
     """-> the trained teacher (with --eval: the loaded one) and the data."""
-    data = common.load_data(args, OPTIONS, run)
+    data = common.load_data(args, OPTIONS, run, CPU)
     N, K = args.batch_size, args.out_dim
     steps = args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * N / 256

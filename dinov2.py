@@ -169,6 +169,9 @@ OPTIONS = {  # fmt: skip
     "m":                      (m_to_994,   m_to_994,   m_to_992,   SHARE,    "EMA, rises to 1"),
     "branch":                 ("teacher",  "teacher",  "teacher",  "teacher|student", "of --init"),
 }
+# Images up to 64 pixels without a GPU: the first column, but for
+CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 4,
+       "epochs": common.hour(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2}
 
 # ==================================================================================================
 # Augmentation
@@ -519,8 +522,7 @@ def check(args, steps):
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
     if args.arch == "vit_conv" and (
             args.image_size % args.patch_size or args.patch_size & (args.patch_size - 1)):
-        common.fail("--arch vit_conv halves a view several times: --patch-size has to be a power "
-                    "of 2, and --image-size a multiple of it")
+        common.fail("--patch-size of vit_conv has to be a power of 2 that divides --image-size")
     if args.eval:
         return
     if args.hires_epochs and args.hires_size < args.patch_size:
@@ -541,7 +543,7 @@ def check(args, steps):
 
 def train(args, run):
     """-> the trained teacher and the data."""
-    data = common.load_data(args, OPTIONS, run)
+    data = common.load_data(args, OPTIONS, run, CPU)
     steps = args.epochs * data.per_epoch
     warmup = round(args.warmup * steps)
     peak = args.lr * math.sqrt(args.batch_size / 1024)

@@ -100,6 +100,9 @@ OPTIONS = {  # fmt: skip
     "queue":        (keys,       keys,       keys,       FROM_1,        "K, number of keys"),
     "m":            (momentum_k, momentum_k, momentum_k, SHARE,         "momentum (0 fails)"),
 }
+# Images up to 64 pixels without a GPU: the first column, but for
+CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1e6), "batch_size": 128,
+       "queue": 1024}
 
 # ==================================================================================================
 # Augmentation
@@ -144,9 +147,11 @@ def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
     """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for a CPU,
     four convolutions."""
     if arch.startswith("convnet"):
-        widths = (48, 96, 192, 192) if arch == "convnet_wide" else (24, 48, 96, 96)
+        widths, strides = (24, 48, 96, 96), (2, 2, 2, 1)
+        if arch == "convnet_wide":
+            widths, strides = (48, 96, 192, 384), (2, 2, 2, 2)
         layers, inputs = [], 3
-        for outputs, stride in zip(widths, (2, 2, 2, 1)):
+        for outputs, stride in zip(widths, strides):
             conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
             layers += [conv, norm_layer(outputs), nn.ReLU()]
             inputs = outputs
@@ -333,7 +338,7 @@ def train(args, run):
     """-> the trained f_q and the data."""
     if args.v1:
         use_v1(args)
-    data = common.load_data(args, OPTIONS, run)
+    data = common.load_data(args, OPTIONS, run, CPU)
     N, K, steps = args.batch_size, args.queue, args.epochs * data.per_epoch
     peak = args.lr * N / 256
     print(f"{steps:,} steps from lr {peak:.3g} = {args.lr:g} * {N} / 256")

@@ -155,9 +155,11 @@ def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
     """(N, 3, S, S) -> (N, d): torchvision's ResNet without its classifier, or, for a CPU,
     four convolutions."""
     if arch.startswith("convnet"):
-        widths = (48, 96, 192, 192) if arch == "convnet_wide" else (24, 48, 96, 96)
+        widths, strides = (24, 48, 96, 96), (2, 2, 2, 1)
+        if arch == "convnet_wide":
+            widths, strides = (48, 96, 192, 384), (2, 2, 2, 2)
         layers, inputs = [], 3
-        for outputs, stride in zip(widths, (2, 2, 2, 1)):
+        for outputs, stride in zip(widths, strides):
             conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
             layers += [conv, norm_layer(outputs), nn.ReLU()]
             inputs = outputs

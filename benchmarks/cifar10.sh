@@ -13,7 +13,7 @@
 #
 # and, not in `all`, for a machine without a GPU:
 #
-#   cpu          small networks, 3 to 20 epochs: about an hour a file on one core
+#   cpu          the CPU's recipes: about an hour a file on one core
 #
 # The others are for one GPU, with --compile, which MoCo, iBOT and DINOv2 have not run with there yet.
 # What is finished is left alone and what was cut goes on where it was, so the same command can be
@@ -100,27 +100,18 @@ long() {
     train dino dino-resnet18 1000 "${dino_resnet[@]}"
 }
 
-cpu() { # the networks of the built-in set's recipes, convnet twice as wide
-    local seed method epochs own
-    local convnet=(--arch convnet_wide --min-scale 0.2 --batch-size 256)
-    local vit=(--batch-size 128 --lr 3e-3 --warmup 0.2 --out-dim 1024 --tau-t 0.04 --local-crops 4)
+cpu() { # what each file takes by itself without a GPU, and the ceilings
+    local seed method
     for seed in $seeds; do
         for method in simclr moco byol pretext dino ibot dinov2; do
-            case $method in
-            simclr) epochs=20 own=("${convnet[@]}" --lr 0.4) ;;
-            moco) epochs=20 own=("${convnet[@]}" --batch-size 128 --queue 1024) ;;
-            byol) epochs=14 own=("${convnet[@]}" --batch-size 128) ;;
-            pretext) epochs=3 own=(--arch convnet_wide --shade 0) ;; # of four turned images
-            ibot) epochs=8 own=("${vit[@]}" --tau-t-patch 0.04) ;;
-            *) epochs=12 own=("${vit[@]}") ;;
-            esac
             run "runs/$method-$name-cpu-s$seed" "$method.py" --dataset "$data" --device cpu \
-                --image-size 32 --epochs "$epochs" "${own[@]}" --seed "$seed"
+                --seed "$seed"
         done
         run "runs/supervised-simclr-$name-cpu-s$seed" benchmarks/supervised.py simclr --device cpu \
-            --dataset "$data" --image-size 32 --epochs 10 "${convnet[@]}" --seed "$seed"
+            --dataset "$data" --arch convnet_wide --min-scale 0.2 --epochs 10 --batch-size 256 \
+            --seed "$seed"
         run "runs/supervised-dino-$name-cpu-s$seed" benchmarks/supervised.py dino --device cpu \
-            --dataset "$data" --image-size 32 --epochs 12 --lr 2e-3 --batch-size 128 --seed "$seed"
+            --dataset "$data" --epochs 12 --lr 2e-3 --batch-size 128 --seed "$seed"
     done
 }
 

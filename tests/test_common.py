@@ -139,28 +139,49 @@ def test_the_table_is_the_command_line(name, capsys, monkeypatch):
 
 
 @every
-def test_what_is_left_open_comes_from_the_column(name, capsys):
-    file, names = method(name), ["built-in", "small", "large"]
-    cases = (0, None, "cuda"), (1, 32, "cuda"), (2, 300, "cuda"), (0, 28, "cpu"), (2, 300, "cpu")
-    for column, side, device in cases:
+def test_what_is_left_open_comes_from_the_recipe(name, capsys):
+    file, columns = method(name), {"built-in": 0, "small": 1, "large": 2, "CPU": 0}
+    for recipe, side, device in (("built-in", None, "cuda"), ("small", 32, "cuda"),
+                                 ("large", 300, "cuda"), ("CPU", 28, "cpu"), ("large", 300, "cpu")):
         args = tools.completed(file, [], side, n=5000, device=device)
         printed = capsys.readouterr().out
-        assert f"recipe {names[column]}:" in printed
-        assert ("no GPU: a CPU's recipe" in printed) == (side == 28)
-        for k, row in file.OPTIONS.items():
-            value = row[column](args, 5000) if callable(row[column]) else row[column]
-            value = min(value, side) if k == "image_size" and column else value
+        assert f"recipe {recipe}" in printed
+        assert ("CPU (with a GPU " in printed) == (recipe == "CPU")
+        row = {k: row[columns[recipe]] for k, row in file.OPTIONS.items()}
+        for k, value in (row | (getattr(file, "CPU", {}) if recipe == "CPU" else {})).items():
+            value = value(args, 5000) if callable(value) else value
+            value = min(value, side) if k == "image_size" and recipe in ("small", "large") else value
             assert getattr(args, k) == ([*value] if isinstance(value, tuple) else value), k
             assert f" {k}=" in printed
         assert args.eval_every == math.ceil(args.epochs / 4) and args.images == 5000
         args = tools.completed(file, "--lr 7 --image-size 24 --epochs 9".split(), side)
         assert (args.lr, args.image_size, args.epochs, args.eval_every) == (7, 24, 9, 3)
-    for column, size, device in ((1, 64, "cuda"), (2, 96, "cuda"), (0, 64, "cpu"), (2, 96, "cpu")):
+    for recipe, size, device in (("small", 64, "cuda"), ("large", 96, "cuda"), ("CPU", 64, "cpu"),
+                                 ("large", 96, "cpu")):
         args = tools.completed(file, ["--image-size", size], 300, device=device)
         printed = capsys.readouterr().out
-        assert f"recipe {names[column]}:" in printed and args.image_size == size
+        assert f"recipe {recipe}" in printed and args.image_size == size
         hinted = "--image-size 64 takes one for a CPU" in printed
-        assert hinted == (column == 2 and device == "cpu")
+        assert hinted == (recipe == "large" and device == "cpu")
+
+
+def test_an_hour_of_a_core():
+    """Fewer epochs of more or larger images, at least one and at most 200."""
+    epochs = [tools.completed(simclr, ["--image-size", size], 64, n=n, device="cpu").epochs
+              for size, n in ((32, 50_000), (32, 20_000), (64, 20_000), (64, 10**6), (32, 500))]
+    assert epochs == [20, 50, 12, 1, 200]
+    for file, epochs in (("byol", 14), ("pretext", 3), ("dino", 12), ("ibot", 8)):
+        assert tools.completed(method(file), [], 32, n=50_000, device="cpu").epochs == epochs
+
+
+def test_a_small_set_is_one_batch():
+    """Unless a larger batch is asked for; in eights, for MoCo's parts and several processes."""
+    assert tools.completed(simclr, [], 32, n=157).batch_size == 152
+    assert tools.completed(simclr, [], 32, n=157, device="cpu").batch_size == 152
+    with pytest.raises(SystemExit):
+        tools.completed(simclr, ["--batch-size", 256], 32, n=157)
+    with pytest.raises(SystemExit):
+        tools.completed(simclr, [], 32, n=7)
 
 
 @pytest.mark.parametrize("argv, names", [

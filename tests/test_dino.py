@@ -827,7 +827,7 @@ def test_check(capsys):
     good = ["--m", 0, "--local-size", 8]
     assert "warning:" not in printed(*good)
     for flags, words in ((["--m", 0.99], "half-life is over a tenth"),
-                         (["--image-size", 17], "beyond the last whole patch"),
+                         (["--image-size", 17], "a rest is cut off"),
                          (["--local-size", 16], "not smaller than global")):
         found = [line for line in printed(*good, *flags).split("\n") if "warning" in line]
         assert len(found) == 1 and words in found[0], flags

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "Training",
            "Evaluation", "Backbone"]
 FENCES = ["model", "optimiser", "step", "log and save"]
-FREE = """OPTIONS crops augment MEAN STD build check train evaluate loading main VITS vit_small
+FREE = """OPTIONS CPU crops augment MEAN STD build check train evaluate loading main VITS vit_small
     vit_base vit_large""".split()  # what each file has, in its own words
 WORDS = r"\b(said|seen|caught|tally|unsure|teaching)\b"
 SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
