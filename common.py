@@ -188,7 +188,7 @@ def show_value(value):
 
 def hour(images):
     """Default of --epochs: an hour of one core, for so many images of 32 pixels; at most 200."""
-    return lambda args, n: min(200, max(1, round(images / n * (32 / args.image_size) ** 2)))
+    return lambda args, n: min(200, math.ceil(images / n * (32 / args.image_size) ** 2))
 
 
 def choose_recipe(side, table, cpu, device):
@@ -520,6 +520,7 @@ class Run:
         self.step, self.seconds, self.rows, sums = (
             saved["progress"][k] for k in ("step", "seconds", "rows", "sums"))
         self.sums = torch.tensor(sums, device=self.device)
+        self.begun -= saved["progress"].get("total", 0.0)  # seconds until the run was stopped
 
     def _shape(self):
         """The options that shape a run, and so have to be the same when it is resumed."""
@@ -532,10 +533,9 @@ class Run:
         """Write metrics.jsonl, and last.pt at most once a minute and at the end; after a signal
         the program ends here."""
         write(self.folder / "metrics.jsonl", "".join(to_json(row) + "\n" for row in self.rows))
-        due = time.perf_counter() - self.saved > 60
-        if due or self.stopped or self.step == self.steps:
+        if time.perf_counter() - self.saved > 60 or self.stopped or self.step == self.steps:
             progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows,
-                        "sums": self.sums.tolist()}
+                        "sums": self.sums.tolist(), "total": time.perf_counter() - self.begun}
             held = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
             saved = {"method": self.args.method, "state": held, "progress": progress,
                      "args": vars(self.args) | {"processes": self.world}}
