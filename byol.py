@@ -90,7 +90,7 @@ OPTIONS = {  # fmt: skip
     "warmup":             (0.1,        0.1,        0.1,        SHARE,      "share of the steps"),
     "m":                  (m_start,    m_start,    m_start,    SHARE,      "rises to 1; 0 stays"),
 }
-# Images up to 64 pixels without a GPU: the first column, but for
+# Without a GPU images up to 64 pixels have the first column, except for:
 CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(7e5), "batch_size": 128}
 
 # ==================================================================================================

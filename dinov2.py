@@ -169,7 +169,7 @@ OPTIONS = {  # fmt: skip
     "m":                      (m_to_994,   m_to_994,   m_to_992,   SHARE,    "EMA, rises to 1"),
     "branch":                 ("teacher",  "teacher",  "teacher",  "teacher|student", "of --init"),
 }
-# Images up to 64 pixels without a GPU: the first column, but for
+# Without a GPU images up to 64 pixels have the first column, except for:
 CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 4,
        "epochs": common.hour(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2}
 

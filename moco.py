@@ -100,7 +100,7 @@ OPTIONS = {  # fmt: skip
     "queue":        (keys,       keys,       keys,       FROM_1,        "K, number of keys"),
     "m":            (momentum_k, momentum_k, momentum_k, SHARE,         "momentum (0 fails)"),
 }
-# Images up to 64 pixels without a GPU: the first column, but for
+# Without a GPU images up to 64 pixels have the first column, except for:
 CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1e6), "batch_size": 128,
        "queue": 1024}
 

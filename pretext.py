@@ -134,7 +134,7 @@ OPTIONS = {  # fmt: skip
     "weight_decay": (0.01,       5e-4,       1e-4,       SHARE,          "(RotNet: 5e-4)"),
     "warmup":       (0.1,        0.1,        0.1,        SHARE,          "share of the steps"),
 }
-# Images up to 64 pixels without a GPU: the first column, but for
+# Without a GPU images up to 64 pixels have the first column, except for:
 CPU = {"shade": 0.0, "arch": "convnet_wide", "epochs": common.hour(1.5e5)}  # rotation: four of each
 
 # ==================================================================================================

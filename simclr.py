@@ -78,7 +78,7 @@ OPTIONS = {  # fmt: skip
     "weight_decay": (1e-4,       1e-4,       1e-6,       SHARE,             "L2 penalty"),
     "warmup":       (0.1,        0.1,        0.1,        SHARE,             "share of the steps"),
 }
-# Images up to 64 pixels without a GPU: the first column, but for
+# Without a GPU images up to 64 pixels have the first column, except for:
 CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1e6), "batch_size": 256,
        "lr": 0.4}
 
