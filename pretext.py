@@ -134,8 +134,8 @@ OPTIONS = {  # fmt: skip
     "weight_decay": (0.01,       5e-4,       1e-4,       SHARE,          "(RotNet: 5e-4)"),
     "warmup":       (0.1,        0.1,        0.1,        SHARE,          "share of the steps"),
 }
-# Without a GPU images up to 64 pixels have the first column, except for:
-CPU = {"shade": 0.0, "arch": "convnet_wide", "epochs": common.hour(1.5e5)}  # rotation: four of each
+# Without a GPU images up to 64 pixels have the first column, except for (measured: rotation):
+CPU = {"shade": 0.0, "arch": "convnet_wide", "epochs": common.hour(1.5e5)}  # four of each
 
 # ==================================================================================================
 # Augmentation
