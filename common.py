@@ -154,7 +154,7 @@ def options(method, doc, table, argv=None):
     o("--workers", **FROM_0, default=cores(), help="readers of files (a core each)")
     o("--memory-limit", **number(float, 0), default=8, help="GB; more is streamed (8)")
     o = p.add_argument_group(
-        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: CPU in the file)"
+        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: CPU, if in the file)"
         " | larger images").add_argument
     for name, (*defaults, allowed, meaning) in table.items():
         if isinstance(allowed, str):
@@ -230,7 +230,7 @@ def load_data(args, table, run, cpu=()):
         if k in table and getattr(args, k) is None:
             value = value(args, n) if callable(value) else value
             if k == "batch_size":
-                value = min(value, n // 8 * 8 or value)
+                value = min(value, n // 8 * 8 or max(n, 2))
             setattr(args, k, [*value] if isinstance(value, tuple) else value)
     args.eval_every = math.ceil(args.epochs / 4) if args.eval_every is None else args.eval_every
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)

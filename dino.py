@@ -27,7 +27,7 @@ Where this file departs from the paper and the released code:
     rate goes from above 0 to 0 (released code: from 0 to 1e-6). m starts lower on short runs.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
     tenth of the view wide (released code: that of Pillow, which is wider).
-  - Small images are not blurred. Position embeddings of narrow ViTs start as sines.
+  - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
   - The built-in set, made for a CPU, has a small ViT that begins with convolutions (Xiao et al.
     2021), batch norm in the head (an option of the released code), few classes K and a colder
     teacher, and no local views: there they slowed learning down (benchmarks/LOG.md).

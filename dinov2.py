@@ -28,7 +28,7 @@ One step for a batch of N images:
     L_DINO                          class tokens, pairs of different views  class_loss
     L_iBOT                          hidden patches, of the same view        masked_loss
     L_KoLeo                         of the global views' h                  koleo
-    update g_s                      by L_DINO + L_iBOT + 0.1 L_KoLeo        train
+    update g_s                      by L_DINO + L_iBOT + w L_KoLeo, w = 0.1  train
     g_t = m g_t + (1 - m) g_s       m rises to 1                            ema_update, cosine
 
 Symbols: u, v (N, 3, S, S) views in [0, 1]; masks (2N, S / P, S / P) bool, true is hidden, M of
@@ -54,17 +54,17 @@ Where this file departs from the paper and the released code:
     centre of the patches is that of all GPUs together (released code: a mean of their means).
   - The last --hires-epochs go on with the schedules, and positions are resampled in every step
     (paper: 10k iterations more, the schedules compressed into them, at a lower rate; no code is
-    released). Sets in memory hold at most four times --image-size; the built-in one is made at
-    --image-size.
+    released). Sets in memory hold at most three times --image-size; the built-in one is made
+    at --image-size.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
     tenth of the view wide (released code: 9 pixels).
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines). The linear probe
     is fitted by L-BFGS on central crops (paper: SGD, a grid of rates and layers).
   - The defaults for larger images have optimiser and views of the released recipe of 100 epochs (a
     ViT-L/16 with one head and a centre), for a ViT-S/14 with Sinkhorn and two heads. The built-in
-    set, made for a CPU, has no local views, a colder teacher, and a small ViT that begins with
-    convolutions (Xiao et al. 2021). They see 7 pixels to the left of a patch and above it, so a
-    hidden patch shows in two of its neighbours.
+    set, made for a CPU, has no local views, few prototypes K, a colder teacher, KoLeo at 0.02,
+    LayerScale from 1, and a small ViT that begins with convolutions (Xiao et al. 2021). They see
+    7 pixels to the left of a patch and above it, so a hidden patch shows in three neighbours.
 
     python dinov2.py    mean of three seeds: 82.8 % linear, 65.7 % k-NN; the
                         untrained network has 32.0 and 21.6 %, raw pixels have 27.1 and 38.2 %

@@ -37,7 +37,7 @@ Where this file departs from the paper and the released code:
   - The built-in set, made for a CPU, has batch norm in the head, one for each of two layers (an
     option of the released code, which has the same one twice), few classes K, a colder teacher, no
     local views, and a small ViT that begins with convolutions (Xiao et al. 2021). They see 7
-    pixels to the left of a patch and above it, so a hidden patch shows in two of its neighbours;
+    pixels to the left of a patch and above it, so a hidden patch shows in three neighbours;
     without that it learned less, not more (benchmarks/LOG.md).
   - The linear probe is fitted by L-BFGS on central crops (paper: SGD on random ones).
   - Of the three defaults only the last follows the released code: its ViT-S, for 100 of 800 epochs,

@@ -14,7 +14,7 @@ wrong labels are inaccurate, labels of bags inexact, few labels incomplete.
     pseudo        few labels, many images         answers that are certain become labels
 
 A run trains the network of the method and beside it those of its floor and its ceiling, from the
-same images in the same steps. For a batch of N images:
+same images in the same steps (pseudo's floor: from those with labels alone). For a batch of N images:
     x = t(image)                        random augmentations              crops, augment
     h = f(x), s = head(h)               of each network                   Network.forward
     L(s, what the network is told)      of each network                   losses of the task
@@ -37,8 +37,8 @@ Symbols: x (n, 3, S, S) in [0, 1]; h (n, d); s (n, C) logits; y (n,) labels; vot
 sources, -1 abstains; posterior (n, C); mask (bags, k), true where a bag has an image; a (bags, k).
 
 Where this file departs from the papers:
-  - One frame for all: the same networks, crops and flips, AdamW (FixMatch: SGD), and a rate that
-    rises and falls with a half cosine.
+  - One frame for all: the same networks and flips, AdamW (FixMatch: SGD), and a rate that rises
+    and falls with a half cosine.
   - labeling: EM (paper: stochastic gradients with Gibbs sampling), independent sources, classes
     equally frequent. On the built-in set a source has a probability for each pair of class and
     answer (Dawid & Skene 1979), for it abstains more often for some classes than for others;

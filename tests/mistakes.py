@@ -1,5 +1,5 @@
-"""The museum of bugs: ways in which implementations of these methods went wrong, each as a patch of
-a line or two on a file of ours and the test that must fail with it.
+"""The museum of bugs: ways in which implementations of these methods go wrong, each as a patch of a
+few lines on a file of ours and the test that must fail with it.
 
     python tests/mistakes.py    writes lessons/museum.md anew
 """
@@ -346,7 +346,7 @@ MISTAKES = [
     Mistake("your KoLeo term takes an image for its own neighbour", "dinov2.py", "koleo",
             ".detach().fill_diagonal_(-2.0)", ".detach()",
             DINOV2 + "test_koleo_equation",
-            "The term is a constant, the logarithm of its 1e-8, and has no gradient.", ""),
+            "The term is a constant, made of its two 1e-8, and has no gradient.", ""),
     Mistake("your KoLeo term takes the other view for a neighbour", "dinov2.py", "train",
             "sum(koleo(view) for view in h.chunk(len(x))[:2])", "2 * koleo(h[: 2 * len(x[0])])",
             DINOV2 + "test_algorithm",
@@ -556,9 +556,8 @@ def outcome(sources, tests, *flags):
 
 INTRODUCTION = """# The museum of bugs
 
-Ways in which implementations of these methods went wrong: what it was, what one saw, where it is in
-the public record. What one saw is from the record where it says so, and what one would see where it
-does not. Each stands in `tests/mistakes.py` as a patch of a line or two on the file here, and
+Ways in which implementations of these methods go wrong: what it is, what one sees, where it is in the
+public record, if it is. Each stands in `tests/mistakes.py` as a patch of a few lines on the file here, and
 `python -m pytest tests/test_museum.py` shows that the named test fails with it.
 """
 

@@ -178,13 +178,14 @@ def test_an_hour_of_a_core():
 
 
 def test_a_small_set_is_one_batch():
-    """Unless a larger batch is asked for; in eights, for MoCo's parts and several processes."""
+    """Unless a larger batch is asked for; from 8 images on in eights, for MoCo's parts."""
     assert tools.completed(simclr, [], 32, n=157).batch_size == 152
     assert tools.completed(simclr, [], 32, n=157, device="cpu").batch_size == 152
     with pytest.raises(SystemExit):
         tools.completed(simclr, ["--batch-size", 256], 32, n=157)
+    assert tools.completed(simclr, [], 32, n=7).batch_size == 7
     with pytest.raises(SystemExit):
-        tools.completed(simclr, [], 32, n=7)
+        tools.completed(simclr, [], 32, n=1)
 
 
 @pytest.mark.parametrize("argv, names", [
