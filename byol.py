@@ -288,7 +288,7 @@ def train(args, run):
 
     # -- model: net is the online network, which is evaluated and kept; net_ema is the target
     net, net_ema = build(args), build(args)
-    common.load_weights(net, args)  # of --init or --eval
+    common.load_weights(net, args, mean=MEAN)  # of --init or --eval
     net_ema.load_state_dict(net.state_dict())
     net, net_ema = run.place(net), run.place(net_ema)  # with several GPUs one batch norm for all
     net_ema.requires_grad_(False)  # stop-gradient: the target only follows, by moving average

@@ -154,8 +154,8 @@ def options(method, doc, table, argv=None):
     o("--workers", **FROM_0, default=cores(), help="readers of files (a core each)")
     o("--memory-limit", **number(float, 0), default=8, help="GB; more is streamed (8)")
     o = p.add_argument_group(
-        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: CPU, if in the file)"
-        " | larger images").add_argument
+        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: CPU, if in the "
+        "file) | larger images").add_argument
     for name, (*defaults, allowed, meaning) in table.items():
         if isinstance(allowed, str):
             allowed = one_of(allowed.split("|"))
@@ -208,10 +208,14 @@ def choose_recipe(side, table, cpu, device):
 
 
 def recall(args):
-    """The options of the run that wrote the file of --eval."""
+    """The options of the run that wrote the file of --eval; of another method's run those of the
+    network alone, as others of the same name differ."""
     found = read_checkpoint(args.eval) if args.eval else {}
     made = found.get("meta", found.get("args"))
-    return made if isinstance(made, dict) else {}  # of a released file
+    made = made if isinstance(made, dict) else {}  # of a released file
+    network = "arch stem patch_size image_size".split()
+    return {k: v for k, v in made.items()
+            if k in network or made.get("method") == args.method and k != "branch"}
 
 
 def load_data(args, table, run, cpu=()):
@@ -221,6 +225,8 @@ def load_data(args, table, run, cpu=()):
     The size that decides is --image-size or, without it, that of the set's images.
     """
     made = recall(args)
+    if made.get("arch", args.arch) not in (None, *table["arch"][3]["choices"]):
+        fail(f"{args.eval} holds a {made['arch']}, which {args.method}.py does not have")
     data = Data(args.dataset, args.data_dir, args.limit)
     size = args.image_size or made.get("image_size") or math.inf
     side = data.side and min(data.side, size)
@@ -470,8 +476,12 @@ class Run:
             self.bar.update(self.step % self.per_epoch - self.bar.n)
         if failed >= 50:
             fail(f"no finite loss and gradient for 50 steps, up to {self.step}: lower --lr")
+        self._heed()
+
+    def _heed(self):
+        """Note a signal that came to any of the processes: all stop after the same step."""
         stopped = torch.tensor(self.signal, device=self.device)
-        if self.world > 1:  # all processes stop after the same step
+        if self.world > 1:
             dist.all_reduce(stopped, dist.ReduceOp.MAX)
         self.stopped = int(stopped)
 
@@ -532,6 +542,7 @@ class Run:
     def save(self, state):
         """Write metrics.jsonl, and last.pt at most once a minute and at the end; after a signal
         the program ends here."""
+        self._heed()  # it may have come during an evaluation
         write(self.folder / "metrics.jsonl", "".join(to_json(row) + "\n" for row in self.rows))
         if time.perf_counter() - self.saved > 60 or self.stopped or self.step == self.steps:
             progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows,
@@ -647,13 +658,14 @@ def read_checkpoint(path):
     return found if isinstance(found, dict) else fail(f"{path} holds no dict of weights")
 
 
-def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None):
+def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None, mean=None):
     """Load the file of --init or --eval into net, which has a `backbone` and heads beside it.
 
     Understood: last.pt of the same method, of which it takes `kept` or the student `net`; and
     backbone.pt, torchvision's, timm's and released weights, with `branch` or a usual name above
     the tensors.
-    renames: (pattern, replacement) for names of the file; adapt: changes the dict of tensors last.
+    renames: (pattern, replacement) for names of the file; adapt: changes the dict of tensors last;
+    mean: of the input of net, compared with that of the file (ImageNet's where it names none).
     Heads that a file of weights alone does not have stay random.
     """
     path = args.init or args.eval
@@ -663,6 +675,11 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     is_run = "method" in weights and isinstance(weights.get("state"), dict)
     if is_run and weights["method"] != args.method:
         fail(f"{path} is a run of {weights['method']}: give its backbone.pt")
+    made = weights["meta"] if isinstance(weights.get("meta"), dict) else {}
+    theirs = [*made.get("mean", (0.485, 0.456, 0.406))]
+    if mean and not is_run and theirs != [*mean]:
+        print(f"warning: {path} is for images less a mean of {theirs}, here it is {[*mean]}: its "
+              "features are worse before training")
     if is_run:
         weights = {"model": weights["state"].get("net" if branch == "student" else kept)}
     for key in (branch, "state_dict", "model"):
@@ -713,14 +730,20 @@ def shortened(names):
 # ==================================================================================================
 
 
+def thinned(index, most):
+    """At most so many of an index, from all over it, as it is in the order of classes."""
+    n = min(most, len(index))
+    return index[torch.arange(n) * len(index) // n]
+
+
 @torch.no_grad()
-def embed(f, part, crops, run, limit=None):
-    """f(views), a tuple of (B, ...), for all images of part = (images, index).
+def embed(f, part, crops, run, limit=math.inf):
+    """f(views), a tuple of (B, ...), for images of part = (images, index): all, or `limit` of them.
 
     -> its outputs (n, ...) in float32, then the labels (n,), in the order of index. Every process
     takes every world-th image and gets the outputs of all.
     """
-    images, index = part[0], part[1][:limit]
+    images, index = part[0], thinned(part[1], limit)
     n = math.ceil(len(index) / run.world)  # for every process
     mine = index[torch.arange(run.rank, n * run.world, run.world) % len(index)]
     rows = []
@@ -1225,11 +1248,12 @@ class Data:
     train: its training images; fit, val, test: (images, index) for the probes. Where there is no
     validation split it is a tenth of the labelled training images, of every class, and where there
     is no test split either another tenth. limit: the first so many training images of a fixed
-    shuffle, and at most as many test images. side: the shorter side of its images in pixels.
+    shuffle, and at most as many of the others (the built-in set is made anew). side: the shorter
+    side of its images in pixels.
     """
 
     def __init__(self, name, root="data", limit=None):
-        self.side, self.parts, self.limit = None, {}, limit
+        self.side, self.parts, self.numbers = None, {}, {}
         self.probed = self  # the set the probes are fitted, chosen and tested on
         if name == BUILT_IN:
             self.parts = {k: (range(min(n, limit or n)), None) for k, n in SIZES.items()}
@@ -1239,6 +1263,10 @@ class Data:
             self._find_in_folder(Path(name))
         else:
             fail(f"--dataset {name!r} is neither a folder nor {', '.join([BUILT_IN, *SETS])}")
+        for split, (items, labels) in self.parts.items() if limit and name != BUILT_IN else ():
+            keep = shuffle(len(items))[:limit]  # from what is left after test images were held out
+            self.parts[split] = [items[i] for i in keep], labels[keep]
+            self.numbers[split] = keep.tolist()
 
     def _find_in_torchvision(self, name, root):
         kind, train, test, self.side = SETS[name]
@@ -1296,8 +1324,7 @@ class Data:
     def _add(self, split, items, labels):
         if not items or split in self.parts:
             fail(f"{'two folders' if items else 'no images'} for the {split} split")
-        keep = shuffle(len(items))[: self.limit] if self.limit else range(len(items))
-        self.parts[split] = [items[i] for i in keep], labels[keep]
+        self.parts[split] = items, labels
 
     def read(self, size, device, memory_gb, workers):
         """Read the training images, and say which of them the probes are fitted and chosen on."""
@@ -1326,15 +1353,15 @@ class Data:
         all over it."""
         probed, splits = self.probed, []
         for images, index in [probed.fit, probed.val] + ([probed.test] if test else []):
-            n = min(most, len(index))
-            splits.append((images, index[torch.arange(n) * len(index) // n]))
+            splits.append((images, thinned(index, most)))
         return splits
 
     def load(self, split):
         """The Images of a split: in memory, on the device, or as files where that would take more
         than memory_gb."""
         items, labels = self.parts[split]
-        names = items if isinstance(items[0], str) else range(len(items))
+        numbers = self.numbers.get(split, range(len(items)))
+        names = items if isinstance(items[0], str) else numbers
         size, device, memory_gb, workers = self.how
         if isinstance(items, range):
             made, labels, *_ = toys(len(items), size, seed=["train", "test"].index(split))

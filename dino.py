@@ -342,8 +342,8 @@ def check(args, steps):
     if args.arch in VITS and least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
     if args.arch == "vit_conv" and (
-            args.image_size % args.patch_size or args.patch_size & (args.patch_size - 1)):
-        common.fail("--patch-size of vit_conv has to be a power of 2 that divides --image-size")
+            args.image_size % args.patch_size or args.patch_size not in (2, 4, 8, 16, 32)):
+        common.fail("--patch-size of vit_conv has to be 2, 4, 8, 16 or 32 and divide --image-size")
     if args.eval:
         return
     if args.local_scale > args.global_scale:
@@ -369,7 +369,7 @@ def train(args, run):
     # -- model: net is g_s, the student; net_ema is g_t, the teacher, which is evaluated and kept
     net = build(args, args.drop_path)
     net_ema = build(args)
-    common.load_weights(net, args, "net_ema", args.branch, adapt=fit_positions)  # of --init
+    common.load_weights(net, args, "net_ema", args.branch, adapt=fit_positions, mean=MEAN)
     net_ema.load_state_dict(net.state_dict())  # g_t = g_s
     net = run.place(net)
     net_ema = run.place(net_ema)

@@ -520,9 +520,11 @@ def check(args, steps):
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
+    sizes = [args.image_size, args.hires_size][: 1 + bool(args.hires_epochs)]
     if args.arch == "vit_conv" and (
-            args.image_size % args.patch_size or args.patch_size & (args.patch_size - 1)):
-        common.fail("--patch-size of vit_conv has to be a power of 2 that divides --image-size")
+            any(s % args.patch_size for s in sizes) or args.patch_size not in (2, 4, 8, 16, 32)):
+        common.fail("--patch-size of vit_conv has to be 2, 4, 8, 16 or 32 and divide --image-size "
+                    "(and --hires-size)")
     if args.eval:
         return
     if args.hires_epochs and args.hires_size < args.patch_size:
@@ -554,9 +556,8 @@ def train(args, run):
     # -- model: net is g_s, the student; net_ema is g_t, the teacher, which is evaluated and kept
     net = build(args, args.drop_path)
     net_ema = build(args)
-    kept = "net" if args.branch == "student" else "net_ema"
     renames = [(r"blocks\.\d+\.(\d+)\.", r"blocks.\1.")]  # released: blocks.<chunk>.<block>
-    common.load_weights(net, args, kept, args.branch, renames, fit_tokens)  # of --init or --eval
+    common.load_weights(net, args, "net_ema", args.branch, renames, fit_tokens, MEAN)
     net_ema.load_state_dict(net.state_dict())
     net = run.place(net)
     net_ema = run.place(net_ema)
@@ -581,10 +582,10 @@ def train(args, run):
     cls_weight = 0.0 if args.no_class_loss else 1.0
     patch_weight = 0.0 if args.no_token_loss else 1.0
     even = math.log(args.out_dim)  # of equal prototypes; a view without a mask counts as 0
-    run.chance = {  # the values where nothing is learned; that of KoLeo is for equal tokens
-        "loss": even * (cls_weight + patch_weight * args.mask_crops),
-        "cls": even, "patch": even * args.mask_crops, "entropy": even, "kl": 0.0,
-        "koleo": -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))}
+    equal = -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))  # KoLeo of equal tokens
+    run.chance = {  # the values where nothing is learned
+        "loss": even * (cls_weight + patch_weight * args.mask_crops) + args.koleo * equal,
+        "cls": even, "patch": even * args.mask_crops, "entropy": even, "kl": 0.0, "koleo": equal}
 
     for epoch in run.epochs(data):
         hires = epoch >= args.epochs - args.hires_epochs

@@ -34,11 +34,12 @@ Where this file departs from the paper and the released code:
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
     tenth of the view wide (released code: that of Pillow, which is wider).
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
-  - The built-in set, made for a CPU, has batch norm in the head, one for each of two layers (an
-    option of the released code, which has the same one twice), few classes K, a colder teacher, no
-    local views, and a small ViT that begins with convolutions (Xiao et al. 2021). They see 7
-    pixels to the left of a patch and above it, so a hidden patch shows in three neighbours;
-    without that it learned less, not more (benchmarks/LOG.md).
+  - The built-in set, made for a CPU, has batch norm in the head, one for each of two layers, over
+    class tokens and over patches (an option of the released code, which has the same one twice,
+    over both together), few classes K, a colder teacher, no local views, and a small ViT that
+    begins with convolutions (Xiao et al. 2021). They see 7 pixels to the left of a patch and above
+    it, so a hidden patch shows in three neighbours; without that it learned less, not more
+    (benchmarks/LOG.md).
   - The linear probe is fitted by L-BFGS on central crops (paper: SGD on random ones).
   - Of the three defaults only the last follows the released code: its ViT-S, for 100 of 800 epochs,
     with a batch for one GPU.
@@ -437,8 +438,8 @@ def check(args, steps):
     if least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
     if args.arch == "vit_conv" and (
-            args.image_size % args.patch_size or args.patch_size & (args.patch_size - 1)):
-        common.fail("--patch-size of vit_conv has to be a power of 2 that divides --image-size")
+            args.image_size % args.patch_size or args.patch_size not in (2, 4, 8, 16, 32)):
+        common.fail("--patch-size of vit_conv has to be 2, 4, 8, 16 or 32 and divide --image-size")
     if args.eval:
         return
     if args.local_scale > args.global_scale:
@@ -468,9 +469,8 @@ def train(args, run):
     # -- model: net is g_s, the student; net_ema is g_t, the teacher, which is evaluated and kept
     net = build(args, args.drop_path)
     net_ema = build(args)
-    kept = "net" if args.branch == "student" else "net_ema"
-    common.load_weights(net, args, kept, args.branch,  # of --init or --eval
-                        [(r"^backbone\.masked_embed$", "masked_embed")], fit_released)
+    renames = [(r"^backbone\.masked_embed$", "masked_embed")]
+    common.load_weights(net, args, "net_ema", args.branch, renames, fit_released, MEAN)
     net_ema.load_state_dict(net.state_dict())
     net = run.place(net)
     net_ema = run.place(net_ema)
@@ -811,6 +811,7 @@ def fit_positions(weights, net):
 def fit_released(weights, net):
     """Also of released files, where masked_embed is in the student's backbone alone."""
     weights.pop("backbone.masked_embed", None)  # of a backbone alone
+    weights.setdefault("masked_embed", net.masked_embed)  # of a teacher with its head
     return fit_positions(weights, net)
 
 

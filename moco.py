@@ -348,7 +348,7 @@ def train(args, run):
     # -- model: net is f_q, which is evaluated and kept; net_ema is f_k
     splits = args.bn_splits // run.world  # of the images of this process
     net, net_ema = build(args, splits), build(args, splits)
-    common.load_weights(net, args, renames=RENAMES, adapt=query_encoder)  # of --init or --eval
+    common.load_weights(net, args, renames=RENAMES, adapt=query_encoder, mean=MEAN)
     net_ema.load_state_dict(net.state_dict())
     for f in (net, net_ema):  # every process keeps batch norm of its own: see encode_shuffled
         f.to(run.device, memory_format=torch.channels_last)

@@ -800,7 +800,7 @@ def train(args, run):
 
     # -- model
     net = build(args)
-    common.load_weights(net, args)  # of --init or --eval
+    common.load_weights(net, args, mean=MEAN)  # of --init or --eval
     net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
     every = torch.arange(0, args.images, math.ceil(args.images / 256))  # over the whole set
     sample, _ = common.embed(lambda x: x, (data.train, every), central(args.image_size), run)

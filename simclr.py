@@ -243,7 +243,7 @@ def train(args, run):
 
     # -- model
     net = build(args)
-    common.load_weights(net, args)  # from the file of --init or --eval, if any
+    common.load_weights(net, args, mean=MEAN)  # of --init or --eval, if any
     net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
     model, aug = run.parallel(net), run.compiled(augment)
 

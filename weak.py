@@ -14,7 +14,7 @@ wrong labels are inaccurate, labels of bags inexact, few labels incomplete.
     pseudo        few labels, many images         answers that are certain become labels
 
 A run trains the network of the method and beside it those of its floor and its ceiling, from the
-same images in the same steps (pseudo's floor: from those with labels alone). For a batch of N images:
+same images in the same steps (the floor of pseudo from the labelled ones alone). For a batch of N:
     x = t(image)                        random augmentations              crops, augment
     h = f(x), s = head(h)               of each network                   Network.forward
     L(s, what the network is told)      of each network                   losses of the task
@@ -687,7 +687,7 @@ def train(args, run):
 
     # -- model
     net = build(args)
-    common.load_weights(net, args)  # of --init or --eval
+    common.load_weights(net, args, mean=MEAN)  # of --init or --eval
     net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
     model, aug = run.parallel(net), run.compiled(augment)
 

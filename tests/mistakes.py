@@ -556,9 +556,9 @@ def outcome(sources, tests, *flags):
 
 INTRODUCTION = """# The museum of bugs
 
-Ways in which implementations of these methods go wrong: what it is, what one sees, where it is in the
-public record, if it is. Each stands in `tests/mistakes.py` as a patch of a few lines on the file here, and
-`python -m pytest tests/test_museum.py` shows that the named test fails with it.
+Ways in which implementations of these methods go wrong: what it is, what one sees, where it is in
+the public record, if it is. Each stands in `tests/mistakes.py` as a patch of a few lines on the
+file here, and `python -m pytest tests/test_museum.py` shows that the named test fails with it.
 """
 
 

@@ -228,7 +228,7 @@ def opened(*argv):
     return common.Run(args)
 
 
-def loop(run, bad=(), before=lambda step: None, **state):
+def loop(run, bad=(), before=lambda step: None, evaluate=lambda: None, **state):
     """The loop of train without a network; the loss of step k is k, kl twice that, those of bad
     steps are not finite -> whether an evaluation was due, by epoch."""
     due = []
@@ -240,6 +240,7 @@ def loop(run, bad=(), before=lambda step: None, **state):
             loss = torch.tensor(math.nan if step in bad else step)
             run.log(torch.tensor(step not in bad), loss=loss, kl=2 * loss, lr=0.1 * step)
         due.append(run.end_epoch())
+        evaluate()
         run.save(state)
     return due
 
@@ -338,6 +339,13 @@ def test_signals(first, tmp_path, capsys):
         assert run.signal == first
         signal.raise_signal(signal.SIGINT)  # a second one ends it at once
     assert handlers() == before
+
+
+def test_a_signal_in_the_last_evaluation(tmp_path, capsys):
+    with pytest.raises(SystemExit), opened("--epochs", 1, "--out", tmp_path / "run") as run:
+        loop(run, evaluate=lambda: signal.raise_signal(signal.SIGTERM))
+    assert "stopped after step 3 of 3" in capsys.readouterr().out
+    assert load(tmp_path / "run")["progress"]["step"] == 3
 
 
 @pytest.fixture
@@ -599,8 +607,13 @@ def test_another_network_is_refused_in_a_short_sentence(content, words, tmp_path
 def test_torchvision_weights_in_and_timm_out(tmp_path, capsys):
     torch.manual_seed(0)
     theirs, net = torchvision.models.resnet18(), simclr.SimCLR("resnet18", "7x7")
-    common.load_weights(net, saved(tmp_path, theirs.state_dict()))
-    assert "120 of 120 tensors loaded" in capsys.readouterr().out
+    common.load_weights(net, saved(tmp_path, theirs.state_dict()), mean=simclr.MEAN)
+    printed = capsys.readouterr().out
+    assert "120 of 120 tensors loaded" in printed and "less a mean of [0.485" in printed
+    for own, meta in (dino.MEAN, {}), (simclr.MEAN, {"mean": simclr.MEAN}):
+        made = {"state_dict": theirs.state_dict(), "meta": meta}
+        common.load_weights(net, saved(tmp_path, made), mean=own)
+        assert "warning" not in capsys.readouterr().out
     timm, theirs.fc = pytest.importorskip("timm"), nn.Identity()
     other = timm.create_model("resnet18", num_classes=0)
     other.load_state_dict(net.backbone.state_dict())  # strictly; num_classes=0 is without fc
@@ -631,7 +644,7 @@ def test_embed(one):
     w = torch.ones(1, requires_grad=True)
     short = common.embed(lambda x: [(x[0] * w).half()], (images, index), crop, one, limit=3)
     assert short[0].shape == (3, 3, 16, 16) and short[0].dtype == torch.float32
-    assert short[1].tolist() == [3, 1, 4] and not short[0].requires_grad
+    assert short[1].tolist() == [3, 4, 5] and not short[0].requires_grad
     crop = [common.Crop(16, (0.2, 1.0), RATIO)]
     drawn = [common.embed(lambda x: x, (images, index), crop, one) for _ in range(2)]
     assert same(*drawn) and far(drawn[0][0], x) > 0.1  # every evaluation has the same draws
@@ -1196,6 +1209,9 @@ def test_limit(tmp_path):
     assert eight.parts["train"][0][:5] == five.parts["train"][0]
     for files, labels in eight.parts.values():
         assert classes_of(files) == labels.tolist()
+    root = tree(tmp_path / "no test", **TRAIN)
+    few, rest = common.Data(root, limit=12).parts["train"][0], common.Data(root).parts["test"][0]
+    assert len(few) == 12 and not {*few} & {*rest}  # with any limit the test images are held out
 
 
 def test_memory_limit_is_of_what_the_images_take(tmp_path, capsys):
@@ -1313,6 +1329,7 @@ def test_sets_of_torchvision(monkeypatch, tmp_path, name, kind, shape):
     three = common.Data(name, tmp_path, limit=3)
     three.read(*READ)
     assert len(three.train.labels) == len(three.test[1]) == 3
+    assert torch.equal(three.train.pixels, data.train.pixels[three.train.names])  # by number
 
 
 def test_a_set_that_is_not_there(monkeypatch, tmp_path, capsys):
@@ -1334,9 +1351,10 @@ def test_convolutional_stem(name, capsys):
     exec(file.loading(args), names := {})
     names["net"].load_state_dict(vit.state_dict())
     assert close(names["net"].eval().forward_features(x).detach(), vit(x).detach(), 1e-5)
-    for flags in (["--patch-size", 6, "--image-size", 36], ["--image-size", 36]):
-        args = tools.completed(file, flags)
-        assert "power of 2" in fails(lambda: file.check(args, 100), capsys)  # noqa: B023
+    wrong = ["--patch-size 6 --image-size 36", "--image-size 36", "--patch-size 1"]
+    for flags in wrong + ["--hires-epochs 1 --hires-size 52"] * (name == "dinov2"):
+        args = tools.completed(file, flags.split())
+        assert "vit_conv has to be 2, 4" in fails(lambda: file.check(args, 100), capsys)  # noqa: B023
 
 
 # ==================================================================================================
@@ -1607,6 +1625,20 @@ def test_eval_of_other_images(finished, tmp_path):
         _, data, run = tools.train(method(name), [*argv, *more])
         assert run.args.image_size == size and data.side == 90
         assert run.args.arch == load(folder, "backbone.pt")["meta"]["arch"]
+
+
+def test_eval_of_another_method(finished, tmp_path, capsys):
+    """Of its run the network alone is taken over; where it is unknown a sentence says so."""
+    name, folder, _ = finished
+    argv = [*BARE, "--eval", folder / "backbone.pt", "--out", tmp_path / "run"]
+    for other in map(method, METHODS):
+        known = load(folder, "backbone.pt")["meta"]["arch"] in other.OPTIONS["arch"][3]["choices"]
+        if known and (name == "dinov2") == (other.__name__ == "dinov2"):  # which has LayerScale
+            args = tools.train(other, argv)[2].args
+            assert args.image_size == 16 and (args.epochs == 2) == (other.__name__ == name)
+        else:
+            words = "another network" if known else "does not have"
+            assert words in refused(other, argv, capsys)
 
 
 def stopped_after(k, name, *argv):
