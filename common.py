@@ -208,14 +208,14 @@ def choose_recipe(side, table, cpu, device):
 
 
 def recall(args):
-    """The options of the run that wrote the file of --eval; of another method's run those of the
-    network alone, as others of the same name differ."""
+    """The options of the run that wrote the file of --eval, but for --branch, which says what that
+    run started from; of another method's those of the network alone, as others differ in form."""
     found = read_checkpoint(args.eval) if args.eval else {}
     made = found.get("meta", found.get("args"))
     made = made if isinstance(made, dict) else {}  # of a released file
     network = "arch stem patch_size image_size".split()
     return {k: v for k, v in made.items()
-            if k in network or made.get("method") == args.method and k != "branch"}
+            if k in network or (made.get("method") == args.method and k != "branch")}
 
 
 def load_data(args, table, run, cpu=()):
