@@ -480,10 +480,11 @@ class Run:
 
     def _heed(self):
         """Note a signal that came to any of the processes: all stop after the same step."""
-        stopped = torch.tensor(self.signal, device=self.device)
+        self.stopped = self.signal
         if self.world > 1:
+            stopped = torch.tensor(self.signal, device=self.device)
             dist.all_reduce(stopped, dist.ReduceOp.MAX)
-        self.stopped = int(stopped)
+            self.stopped = int(stopped)
 
     def _chance(self, name):
         return f" (chance {self.chance[name]:.3f})" if name in self.chance else ""

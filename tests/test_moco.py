@@ -548,7 +548,7 @@ def test_positives_of_the_second_process(tmp_path, small, monkeypatch):
         def mean(self, x):
             return x
 
-        def _look(self):
+        def _heed(self):
             self.stopped = 0
 
     keys, given = F.normalize(draw(16, 4, dtype=torch.float32)), []

@@ -734,7 +734,7 @@ def test_resume(task, tmp_path):
 
     class Stopping(common.Run):
         def save(self, state):
-            self.stopped = 15 if self.step == self.per_epoch else 0
+            self.signal = 15 if self.step == self.per_epoch else 0
             super().save(state)
 
     train(weak, [*argv, tmp_path / "whole"])
