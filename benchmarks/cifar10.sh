@@ -43,7 +43,8 @@ run() { # FOLDER COMMAND ...
         echo "$out is finished: skipped"
         return
     fi
-    if [ -f "$out/last.pt" ]; then resume=(--resume); fi
+    # what was killed before its first last.pt begins anew in the same folder
+    if [ -f "$out/last.pt" ]; then resume=(--resume); else rm -f "$out/args.json"; fi
     $python "$@" --out "$out" "${resume[@]}" "${options[@]}"
 }
 
@@ -108,7 +109,7 @@ cpu() { # what each file takes by itself without a GPU, and the ceilings
                 --seed "$seed"
         done
         run "runs/supervised-simclr-$name-cpu-s$seed" benchmarks/supervised.py simclr --device cpu \
-            --dataset "$data" --arch convnet_wide --min-scale 0.2 --epochs 10 --batch-size 256 \
+            --dataset "$data" --arch convnet_wide --epochs 10 --batch-size 256 \
             --seed "$seed"
         run "runs/supervised-dino-$name-cpu-s$seed" benchmarks/supervised.py dino --device cpu \
             --dataset "$data" --epochs 12 --lr 2e-3 --batch-size 128 --seed "$seed"
@@ -117,7 +118,7 @@ cpu() { # what each file takes by itself without a GPU, and the ceilings
 
 table() {
     local csv=benchmarks/cifar10.csv
-    $python benchmarks/table.py --name '*cifar10*' --out $csv
+    $python benchmarks/table.py --name "*$name*" --out $csv
     if grep -q -- "^[^,]*-$name-e" $csv; then
         $python benchmarks/figure.py --csv $csv --name "*-$name-e*" --peers \
             --out "benchmarks/$name.png"

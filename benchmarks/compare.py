@@ -36,11 +36,11 @@ def main(argv=None):
     own, options = p.parse_known_args(argv)
     ratios = []
     for number in range(own.rounds):
-        order = [own.first, own.second] if number % 2 == 0 else [own.second, own.first]
-        rates = {checkout: speed(checkout, own.method, options) for checkout in order}
-        ratios.append(rates[own.first] / rates[own.second])
-        print(f"{own.method}: {rates[own.first]:.1f} images/s in {own.first}, "
-              f"{rates[own.second]:.1f} in {own.second}, ratio {ratios[-1]:.3f}", flush=True)
+        order = (0, 1) if number % 2 == 0 else (1, 0)
+        rates = {i: speed((own.first, own.second)[i], own.method, options) for i in order}
+        ratios.append(rates[0] / rates[1])
+        print(f"{own.method}: {rates[0]:.1f} images/s in {own.first}, "
+              f"{rates[1]:.1f} in {own.second}, ratio {ratios[-1]:.3f}", flush=True)
     print(f"{own.method}: ratio {min(ratios):.3f} to {max(ratios):.3f}, median "
           f"{statistics.median(ratios):.3f} of {own.rounds} rounds")
     return ratios

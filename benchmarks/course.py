@@ -15,14 +15,11 @@ import statistics
 from itertools import accumulate
 from pathlib import Path
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-
 TOP1 = {"linear_top1": "linear probe of h", "knn_top1": "k-NN of h"}
 FLOORS = [f"{kind}_{key}" for kind in ("pixels", "untrained") for key in TOP1]
 COLUMNS = ["run", "method", "arch", "epoch", "minutes", *TOP1, *FLOORS]
 NAMES = "simclr moco byol dino ibot pretext dinov2".split()
-COLOURS = dict(zip(NAMES, colormaps["tab10"].colors))
+COLOURS = {name: f"C{i}" for i, name in enumerate(NAMES)}  # of matplotlib
 
 
 def rows_of(folder):
@@ -84,9 +81,12 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="CSV and PNG to write, without their ends")
     args = p.parse_args(argv)
     files = sorted(Path(args.runs).glob(f"{args.name}/results.json"))
-    rows = merge(Path(f"{args.out}.csv"), [row for f in files for row in rows_of(f.parent)])
+    folders = [f.parent for f in files if not json.loads(f.read_text()).get("eval")]
+    rows = merge(Path(f"{args.out}.csv"), [row for f in folders for row in rows_of(f)])
     if not rows:
         raise SystemExit(f"error: no finished run in {args.runs}/ is called {args.name}")
+    from matplotlib.figure import Figure  # the CSV is written without it
+
     figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for ax, key in zip(panels, TOP1):

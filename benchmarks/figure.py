@@ -6,7 +6,7 @@
 A colour per method, a line through its budgets of epochs, bars of a standard deviation over seeds.
 Level lines: floors, and the same networks with labels (supervised.py), means over the experiments.
 With --peers also figures of other code, in the colour of the method, and k-NN is that of the -k200
-evaluations, with as many neighbours as theirs.
+evaluations, with as many neighbours as theirs (ceilings: with 20).
 """
 
 import argparse

@@ -161,7 +161,8 @@ def main(argv=None):
         return shared.figure(f"{own.out}/attention.png", shape, draw, columns, [], "")
     for name, mask in ({"object": parts > 0} | found).items():
         columns[name] = checkpoint.lit(shown, mask[: own.shown])
-    counts = {RANDOM: own.seeds, SUPERVISED: len(labelled), DINO: len(trained)}
+    counts = {RANDOM: own.seeds, SUPERVISED: min(own.seeds, len(labelled)),
+              DINO: min(own.seeds, len(trained))}
     shared.write_csv(f"{own.out}/attention.csv", rows, KEYS)
     means = shared.over_seeds(rows, ["network"], [*KEYS[2:], "of_slide"])
     shared.figure(f"{own.out}/attention.png", (13, 6), draw, columns, means,

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+from lessons import shared
 
 
 class Fed(nn.Module):
@@ -38,8 +39,8 @@ def backbone(path):
     found = common.read_checkpoint(path)
     if "method" not in found.get("meta", {}):
         common.fail(f"{path} has to be the backbone.pt of a run")
-    if found["meta"].get("task") in ("splitbrain", "cpc"):
-        common.fail(f"{path} takes halves or tiles of an image, not an image")
+    if found["meta"].get("task") in ("patch", "jigsaw", "colorization", "splitbrain", "cpc"):
+        common.fail(f"{path} takes another input than RGB images: tiles, parts, or one channel")
     net = untrained(found["meta"], seed=0)
     net.backbone.load_state_dict(found["state_dict"])
     return net, found["meta"]
@@ -57,7 +58,8 @@ def parser(doc, images=400):
                    help="patches overlap, so many times as many along a side (2)")
     p.add_argument("--seeds", **common.FROM_1, default=3,
                    help="of the images and of networks beside the checkpoints (3)")
-    p.add_argument("--out", default=Path(__file__).parent, help="folder of CSV and PNG")
+    p.add_argument("--out", type=shared.folder, default=Path(__file__).parent,
+                   help="of CSV and PNG")
     return p
 
 
@@ -102,10 +104,11 @@ def load(method, own, options, path):
     found = common.read_checkpoint(path)
     made = found.get("meta", found.get("args"))
     if isinstance(made, dict):  # of this project, not a released file
-        for name in ("dataset", "limit", "seed"):
-            setattr(args, name, made.get(name))
+        given = {option.split("=")[0] for option in options}
+        for name in ("dataset", "data_dir", "limit", "seed"):
+            if f"--{name.replace('_', '-')}" not in given:
+                setattr(args, name, made.get(name))
     args.dataset = own.dataset or args.dataset
-    Path(own.out).mkdir(parents=True, exist_ok=True)
     if args.arch and not args.arch.startswith("vit"):
         common.fail(f"{path} holds a {args.arch}, which has no tokens of patches")
     with tempfile.TemporaryDirectory() as folder:

@@ -127,7 +127,7 @@ def main(argv=None):
     rows = []
     for seed in range(own.seeds):
         for method, name in ((dino, "DINO"), (simclr, "SimCLR")):
-            for bits in own.bits:
+            for bits in sorted(own.bits):
                 kind = functools.partial(MarkedRun, bits)
                 net, data, run = shared.train(method, own, f"{name} {bits}", seed, options, kind)
                 if not data.labelled:

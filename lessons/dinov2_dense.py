@@ -191,7 +191,7 @@ def main(argv=None):
     shared.write_csv(f"{own.out}/dinov2_dense.csv", rows, KEYS)
     means = shared.over_seeds(rows, ["features"], KEYS[2:])
     shared.figure(f"{own.out}/dinov2_dense.png", (13, 9), draw, columns, means, claim=CLAIM,
-                  answer=answer(*means[:3], len(trained)))
+                  answer=answer(*means[:3], min(own.seeds, len(trained))))
     shared.show(means, ["features", *KEYS[2:]])
     return rows
 

@@ -170,7 +170,8 @@ def main(argv=None):
     ours, *others = means
     best = max(others, key=lambda row: row["same_part"])
     text = (f"most of the nearest patches are of the same part for {ours['same_part']:.0f} % of "
-            f"the patches by the tokens of {own.method}.py ({len(trained)} run(s)), for "
+            f"the patches by the tokens of {own.method}.py ({min(own.seeds, len(trained))} "
+            f"run(s)), for "
             f"{best['same_part']:.0f} % by {best['features']}, the best of the others.")
     holds = shared.compare(ours, best, "same_part") > 0
     shared.figure(f"{own.out}/dinov2_features.png", (14, 6), draw, columns, means, claim=CLAIM,

@@ -2,8 +2,9 @@
 
 Slides: "self-supervised learning lets us pre-train models to extract general, reusable
 representations, reducing the need for labeled data later". Paper: SimCLR, Table 7 and Appendix B.5
-(semi-supervised); BYOL, Table 2. Any backbone.pt of this project will do, but for the halves and
-tiles of pretext.py's splitbrain and cpc. Of a ViT the class token is used.
+(semi-supervised); BYOL, Table 2. Any backbone.pt of this project will do, but for those of
+pretext.py that do not take RGB images: patch, jigsaw, colorization, splitbrain and cpc. Of a ViT
+the class token is used.
 
 From the same labels, so many a class, and tested on the same images:
   frozen        logistic regression on h of the backbone, which stays as it is
@@ -169,10 +170,10 @@ def main(argv=None):
     own, options = p.parse_known_args(argv)
     net, meta = checkpoint.backbone(own.backbone)
     args = common.options("few_labels", __doc__, simclr.OPTIONS,
-                          ["--image-size", str(meta["image_size"]), *options])
+                          ["--image-size", str(meta["image_size"]),
+                           "--data-dir", meta["data_dir"], *options])
     vars(args).update(vars(own) | {"out": own.runs})
     args.dataset = own.dataset or meta["dataset"]
-    Path(own.out).mkdir(parents=True, exist_ok=True)
     rows = []
     with common.Run(args) as run:
         data = common.load_data(args, simclr.OPTIONS, run)

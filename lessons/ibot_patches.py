@@ -186,7 +186,7 @@ def main(argv=None):
     means = shared.over_seeds(rows, ["features"], KEYS[2:])
     shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, shown, means,
                   x.shape[-1] // net.backbone.patch_size, claim=CLAIM,
-                  answer=answer(means, len(trained)))
+                  answer=answer(means, min(own.seeds, len(trained))))
     shared.show(means, ["features", *KEYS[2:]])
     return rows
 

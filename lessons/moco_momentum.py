@@ -63,7 +63,7 @@ def main(argv=None):
     rows = []
     for seed in range(own.seeds):
         floor = {}
-        for m in own.ms:
+        for m in sorted(own.ms):
             _, data, run = shared.train(moco, own, f"m {m:g}", seed, [*options, "--m", m])
             if not data.labelled:
                 common.fail("these images have no labels, there is nothing to probe for")

@@ -66,7 +66,7 @@ def main(argv=None):
     p.add_argument("checkpoint", help="backbone.pt of a run")
     p.add_argument("--dataset", help="a name or a folder (that of the run)")
     p.add_argument("--classes", **common.FROM_1, default=6, help="images that are looked up (6)")
-    p.add_argument("--out", default=Path(__file__).parent, help="folder of the PNG")
+    p.add_argument("--out", type=shared.folder, default=Path(__file__).parent, help="of the PNG")
     own = p.parse_args(argv)
     net, meta = checkpoint.backbone(own.checkpoint)
     size = meta["image_size"]

@@ -1,14 +1,15 @@
-"""Which pretext task teaches what? All nine at the same budget (pretext.py).
+"""Which pretext task teaches what? All nine after the same epochs (pretext.py).
 
 Slides: "SSL: Pretext Task Taxonomy" and the trade-off before it: reconstructive tasks "capture
 low-level details, may miss semantics", predictive and contrastive ones "focus on high-level
 information". Kolesnikov et al. 2019 (arXiv 1901.09005) compare such tasks with the same networks:
 there, too, a task that is solved better need not leave better features.
 
-Every task trains the same network on the same images for the same number of epochs; linear probe
-and k-NN of h stand beside those of the untrained network, of raw pixels, and of the same network
-trained with labels for as long. With --guards pairs are shown instead: tasks with their guards
-against shortcuts and without, where the task gets easier and the features, as a rule, worse.
+Every task trains the same network on the same images for the same number of epochs, some with
+several crops or tiles of an image; linear probe and k-NN of h stand beside those of rotation's
+network untrained, of raw pixels, and of the same network trained with labels for as long. With
+--guards pairs are shown instead: tasks with their guards against shortcuts and without, where the
+task gets easier and the features, as a rule, worse.
 
     python lessons/pretext_tasks.py
     python lessons/pretext_tasks.py --guards
@@ -58,6 +59,7 @@ FLOORS = {"untrained": "untrained network", "pixels": "pixels", "with labels": "
 
 def floors(own, seed, options):
     """Rows of the untrained network, raw pixels, and the same network trained with labels."""
+    shared.refuse(options)
     argv = ["--epochs", own.epochs, "--seed", seed, *options, "--out", f"{own.runs}/floors-s{seed}"]
     args = common.options("pretext", pretext.__doc__, pretext.OPTIONS, [*map(str, argv)])
     with common.Run(args) as run:

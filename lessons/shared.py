@@ -19,20 +19,35 @@ def parser(doc, name, epochs=None):
         p.add_argument("--epochs", **common.FROM_1, default=epochs, help=f"of each run ({epochs})")
     p.add_argument("--seeds", **common.FROM_1, default=3, help="number of seeds (3)")
     p.add_argument("--runs", default=f"runs/lessons/{name}", help="folder of the runs")
-    p.add_argument("--out", default=Path(__file__).parent, help="folder of CSV and PNG")
+    p.add_argument("--out", type=folder, default=Path(__file__).parent, help="of CSV and PNG")
     return p
+
+
+def folder(path):
+    """A folder for results, made before the runs, which take long."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        common.fail(f"--out {path}: no folder can be made there ({error.strerror})")
+    return Path(path)
+
+
+def refuse(options):
+    """What a lesson, which trains several networks from the start, has no use for."""
+    given = {str(o).split("=")[0] for o in options} & {"--seed", "--resume", "--eval"}
+    if given:
+        common.fail(f"a lesson trains its networks anew, for --seeds seeds: without {min(given)}")
 
 
 def train(method, own, name, seed, options, kind=common.Run):
     """Train a method and evaluate it, on validation images -> the network, the data, and the run,
     whose `rows` hold the figures of every epoch, the last those of the evaluation as well."""
+    refuse(options)
     print(f"\n{name}, seed {seed}")
-    folder = re.sub(r"[^\w.]+", "-", name).strip("-")
+    label = re.sub(r"[^\w.]+", "-", name).strip("-")
     argv = ["--epochs", own.epochs, "--seed", seed, "--eval-every", 0, *options,
-            "--out", f"{own.runs}/{folder}-s{seed}"]
+            "--out", f"{own.runs}/{label}-s{seed}"]
     args = common.options(method.__name__, method.__doc__, method.OPTIONS, [*map(str, argv)])
-    if args.eval:
-        common.fail(f"a lesson trains its networks: give --eval to {args.method}.py")
     with kind(args) as run:
         net, data = method.train(args, run)
         if "verdict" not in run.rows[-1]:
