@@ -659,6 +659,9 @@ def read_checkpoint(path):
     return found if isinstance(found, dict) else fail(f"{path} holds no dict of weights")
 
 
+OTHER_INPUT = "patch jigsaw colorization splitbrain cpc".split()  # tasks without RGB images
+
+
 def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None, mean=None):
     """Load the file of --init or --eval into net, which has a `backbone` and heads beside it.
 
@@ -667,11 +670,11 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     the tensors.
     renames: (pattern, replacement) for names of the file; adapt: changes the dict of tensors last;
     mean: of the input of net, compared with that of the file (ImageNet's where it names none).
-    Heads that a file of weights alone does not have stay random.
+    Heads that a file of weights alone does not have stay random: then it returns False.
     """
     path = args.init or args.eval
     if not path:
-        return
+        return True
     weights = read_checkpoint(path)
     is_run = "method" in weights and isinstance(weights.get("state"), dict)
     if is_run and weights["method"] != args.method:
@@ -681,6 +684,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     if mean and not is_run and theirs != [*mean]:
         print(f"warning: {path} is for images less a mean of {theirs}, here it is {[*mean]}: its "
               "features are worse before training")
+    if made.get("task") in OTHER_INPUT and made["task"] != getattr(args, "task", None):
+        print(f"warning: {path} is of --task {made['task']}, which does not take RGB images")
     if is_run:
         weights = {"model": weights["state"].get("net" if branch == "student" else kept)}
     for key in (branch, "state_dict", "model"):
@@ -694,7 +699,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     classifier = ("backbone.fc.", "backbone.head.")
     weights = {k: v for k, v in weights.items() if k in own or not k.startswith(classifier)}
     heads = [k for k in own if not k.startswith("backbone.")]
-    if not is_run and any(k not in weights or weights[k].shape != own[k].shape for k in heads):
+    whole = is_run or all(k in weights and weights[k].shape == own[k].shape for k in heads)
+    if not whole:
         print("the head stays random: z means nothing before training")
         weights = {k: v for k, v in weights.items() if k.startswith("backbone.")}
         own = {k: v for k, v in own.items() if k.startswith("backbone.")}
@@ -711,6 +717,7 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
         fail(f"{path} holds tensors that are sparse, quantised or without values")
     if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
         fail(f"{path} holds weights that are not finite")
+    return whole
 
 
 def rename(name, renames):

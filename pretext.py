@@ -486,6 +486,7 @@ class Colorization(nn.Sequential):
     def rebalance_bins(self, sample):  # before training, unless --without rebalance
         _, Z = self.input_and_target(sample)
         self.weight.copy_(rebalance(Z.mean((0, 2, 3))))
+        self.chance["loss"] *= self.weight[Z.argmax(1)].mean().item()  # still of equal logits
 
     def input_and_target(self, x):
         lab = rgb_to_lab(x)
@@ -642,7 +643,8 @@ def features(net, x, args):
     """A whole view (N, 3, S, S), as the task has shown images to f -> h (N, d), z (N, D); only cpc
     and view have a z, elsewhere it is h again."""
     if args.task in ("colorization", "splitbrain"):
-        x, _ = net.input_and_target(x)
+        with torch.autocast(x.device.type, enabled=False):  # as in training
+            x, _ = net.input_and_target(x)
     elif args.task in ("patch", "jigsaw") and "norm" not in args.without:
         x = standardise(x)
     h = net.backbone(x.contiguous(memory_format=torch.channels_last))

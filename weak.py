@@ -128,7 +128,7 @@ def crops(args):
         return [common.Crop(args.image_size, 1.0)]
     crop = common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3))
     if args.task == "pseudo":
-        return [crop._replace(scale=(0.75, 1.0)), crop]  # weak, strong
+        return [crop._replace(scale=(max(args.min_scale, 0.75), 1.0)), crop]  # weak, strong
     return [crop]
 
 
@@ -319,7 +319,8 @@ def rules(x):
 
 
 def read_votes(path, n):
-    """Votes (n, m) from a file: a row for each training image, in the order of the set."""
+    """Votes (n, m) from a file: a row for each training image, in the order of the set, which is
+    that of `name` in the file of --embed."""
     try:
         votes = torch.from_numpy(np.loadtxt(path, np.int64, delimiter=",", ndmin=2))
     except (OSError, ValueError) as error:
@@ -444,7 +445,7 @@ def bag_loss(s, y, mask):
 def small_loss(losses, keep):
     """The images with the smallest losses, a share of at least `keep` of them (Han et al. 2018,
     Algorithm 1). losses: (n,) -> index. Test: test_coteaching_is_algorithm_1."""
-    n = math.ceil(keep * len(losses) - 1e-6)  # 0.55 * 20 is 11.000000000000002
+    n = max(1, math.ceil(keep * len(losses) - 1e-6))  # 0.55 * 20 is 11.000000000000002
     return losses.topk(n, largest=False).indices
 
 
@@ -541,7 +542,9 @@ class Batches:
         sizes = there.sum(1).tolist()
         items = common.batches(self.data.train, order[there], sizes, crops, run.device,
                                run.args.workers, (seed, number, run.rank), first)
-        for (views, _), self.index in zip(items, order.to(run.device)):
+        for (views, read), index in zip(items, order.to(run.device)):
+            # which were read: for a broken file another one
+            self.index = index.masked_scatter(index >= 0, read.to(run.device))
             yield views, self.index
 
 
@@ -556,6 +559,13 @@ def same_for_all(views, index):
     return views * 4, None
 
 
+def not_held_out(data):
+    """Index of the training images that are not for validation, those without labels last."""
+    known = data.train.labels >= 0
+    unknown = (~known).nonzero().squeeze(1)
+    return torch.cat([data.fit[1], unknown]) if known.any() else data.fit[1]
+
+
 def labeling(args, data, run):
     """Labels of the label model, beside those of the majority and the true ones."""
     if args.votes == "rules":
@@ -563,27 +573,38 @@ def labeling(args, data, run):
     else:
         votes = read_votes(args.votes, args.images)
     C = args.classes = max(args.classes, 1 + int(votes.max()))
+    if C < 2:
+        common.fail("the sources vote for one class at most, there is nothing to learn")
     if args.label_model == "triplets" and (C > 2 or votes.shape[1] < 3):
         common.fail(f"triplets are of 3 sources and 2 classes, not {votes.shape[1]} and {C}")
     _, labels = label_model(votes, C, args.label_model)
     truth = F.one_hot(data.train.labels + 1, C + 1)[:, 1:]  # all 0, so no loss, if unknown
     targets = torch.stack([labels, majority(votes, C), truth]).float().to(run.device)
     voted = (votes >= 0).any(1)  # the other images are left out
-    for name, guess in zip(NETWORKS["labeling"], targets[:2, voted] if data.labelled else []):
-        right = guess.argmax(1).cpu() == data.train.labels[voted]
+    fit = not_held_out(data)
+    fit = fit[voted[fit]]
+    if not len(fit) or not torch.isfinite(targets).all():
+        common.fail("the sources vote on no image for training, or two of them never on the same")
+    known = voted & (data.train.labels >= 0)
+    for name, guess in zip(NETWORKS["labeling"], targets[:2, known] if data.labelled else []):
+        right = guess.argmax(1).cpu() == data.train.labels[known]
         print(f"{name}: {100 * right.double().mean():.1f} % of the labels are right")
 
     def losses(s, index, step):
         return [noise_aware_loss(*pair) for pair in zip(s, targets[:, index])], {}
 
-    fit = data.fit[1]
-    return [(fit[voted[fit]].unsqueeze(1), args.batch_size)], same_for_all, losses
+    return [(fit.unsqueeze(1), args.batch_size)], same_for_all, losses
 
 
 def bags(args, data, run):
     """Labels of bags: is there an image of the class in it? The last network is told in which."""
     rows = cut_bags(data.fit[1], args.bag_size, args.seed)
     positive = (data.train.labels == args.positive).to(run.device)
+    have = positive.cpu()[rows] & (rows >= 0)
+    share = have.any(1).double().mean()
+    print(f"{100 * share:.1f} % of the bags have an image of class {args.positive}")
+    if share in (0, 1):
+        common.fail("all bags are of one kind: choose another --positive or --bag-size")
 
     def inputs(views, index):
         return views * 3, (index >= 0).view(-1, rows.shape[1])
@@ -629,7 +650,8 @@ def noisy(args, data, run):
 def pseudo(args, data, run):
     """Few labels and many images, beside the few labels alone and the labels of all images."""
     mix = torch.Generator().manual_seed(args.seed)
-    index = data.fit[1][torch.randperm(len(data.fit[1]), generator=mix)]
+    index = not_held_out(data)
+    index = index[torch.randperm(len(index), generator=mix)]
     true = data.train.labels.to(run.device)
     y = data.train.labels[index]
     few = torch.cat([index[y == c][: args.labels] for c in range(args.classes)])
@@ -643,11 +665,12 @@ def pseudo(args, data, run):
     def losses(s, index, step):
         own, of_few, of_all = s
         y = true[index]
+        known = (y >= 0).sum().clamp(min=1)
         labelled, weak, strong = own.split([n, len(y) - n, len(y) - n])
         terms = [
             F.cross_entropy(labelled, y[:n]) + fixmatch_loss(weak, strong, args.threshold),
             F.cross_entropy(of_few, y[:n]),
-            F.cross_entropy(of_all, y),
+            F.cross_entropy(of_all, y, ignore_index=-1, reduction="sum") / known,
         ]
         return terms, {}
 
@@ -658,10 +681,14 @@ def pseudo(args, data, run):
 TOLD = dict(zip(NETWORKS, [labeling, bags, noisy, pseudo]))
 
 
-def check(args, run):
+def check(args, data, run):
     """Say what cannot work before hours are spent on it."""
     if args.labelled:
         common.fail("--labelled is for the probes of other files: weak labels are of the images")
+    if args.eval:
+        return
+    if args.votes != "rules" and data.numbers:
+        common.fail("--votes FILE is for all training images, not with --limit")
     part = {"bags": args.bag_size, "pseudo": 1 + args.mu}.get(args.task, 1)
     if args.batch_size < part or args.batch_size // part % run.world:
         common.fail(f"--batch-size {args.batch_size} has to hold {part} images as often as there "
@@ -679,15 +706,18 @@ def train(args, run):
     steps = args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * args.batch_size / 256
     print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g}")
-    args.classes = 1 + int(data.train.labels.max())
-    check(args, run)
-    parts, inputs, losses = TOLD[args.task](args, data, run)
-    batches = Batches(data, parts)
+    args.classes = common.recall(args).get("classes", 1 + int(data.train.labels.max()))
+    check(args, data, run)
+    if not args.eval:
+        parts, inputs, losses = TOLD[args.task](args, data, run)
+        batches = Batches(data, parts)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 
     # -- model
     net = build(args)
-    common.load_weights(net, args, mean=MEAN)  # of --init or --eval
+    args.classifies = common.load_weights(net, args, mean=MEAN)  # of --init or --eval
+    for other in net.others.values() if args.init else ():  # all start alike
+        other.backbone.load_state_dict(net.backbone.state_dict())
     net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
     model, aug = run.parallel(net), run.compiled(augment)
 
@@ -778,11 +808,13 @@ def evaluate(net, data, args, run, test=False):
         run,
         limit=1024)
     results = common.health(h1, h1, h2, name="h", least=0.02)
-    if data.labelled:
+    if data.labelled and (args.classifies or not args.eval):  # not by random heads
         found = scores(net, data.test if test else data.val, args, run)
         if args.task == "noisy" and test:
             for k in [*found]:
-                found[f"best_val_{k}"] = max([row.get(k, 0.0) for row in run.rows], default=0.0)
+                best = [row[k] for row in run.rows if k in row]
+                if best:
+                    found[f"best_val_{k}"] = max(best)
         *_, floor, ceiling = NETWORKS[args.task]
         print(f"\n{'test' if test else 'validation'} images, %; floor: {floor}, ceiling: {ceiling}")
         for k, v in found.items():

@@ -461,7 +461,8 @@ def test_coteaching_is_algorithm_1():
     for mistake in ("for oneself", "divided twice", "rounded down", "the largest"):
         other = algorithm_1(x, y, f, g, keep, lr, mistake)
         assert not any(map(lambda a, b: close(a, b, 1e-4), ours(), other)), mistake
-    for n, keep, count in ((20, 0.55, 11), (20, 1 - 0.45, 11), (7, 0.5, 4), (64, 0.8, 52)):
+    for n, keep, count in ((20, 0.55, 11), (20, 1 - 0.45, 11), (7, 0.5, 4), (64, 0.8, 52),
+                           (7, 0, 1)):
         assert len(weak.small_loss(draw(n), keep)) == count
 
 
@@ -553,6 +554,19 @@ def test_few_labels():
     assert not torch.equal(other[0][0][0], rows)
 
 
+def test_images_without_labels_are_used():
+    """As in STL-10: FixMatch takes them for the rest, of the ceiling they are left out."""
+    args = completed(weak, "--task pseudo --labels 2 --mu 3 --batch-size 16".split())
+    labels, args.classes = torch.tensor([0, 1] * 6 + [-1] * 20), 2
+    data = SimpleNamespace(train=SimpleNamespace(labels=labels), fit=(None, torch.arange(10)))
+    ((rows, _), (rest, _)), inputs, losses = weak.pseudo(args, data, RUN)
+    assert rows.max() < 10 and sorted(rest.flatten().tolist()) == [*range(10), *range(12, 32)]
+    index = torch.tensor([0, 1, 2, 3, *range(12, 24)])
+    s = [draw(28, 2), draw(4, 2), draw(16, 2)]
+    every = losses(s, index, 0)[0][2]
+    assert close(every, F.cross_entropy(s[2][:4], labels[:4]))
+
+
 def test_fixmatch_is_one_batch():
     """Labelled, weak and strong views go through the network together, the few labels through
     another one alone: batch norm's statistics are those of what a network learns from."""
@@ -635,7 +649,18 @@ def test_batches():
     assert sorted(rows.tolist()) == sorted(bags.tolist())
 
 
-def test_what_bags_are_told():
+def test_a_broken_file_is_not_learned_under_its_label(monkeypatch):
+    """In its place another image is read, of which the index then says which."""
+    monkeypatch.setattr(common, "batches", lambda *_: [("views", torch.tensor([7, 1, 2]))])
+    bags = SimpleNamespace(train=None, per_epoch=1)
+    batches = weak.Batches(bags, [(torch.tensor([[0, 1, -1, 2]]), 1)])
+    run = SimpleNamespace(device=torch.device("cpu"), world=1, rank=0,
+                          args=SimpleNamespace(workers=0))
+    ((_, index),) = batches.epoch(0, 0, 0, [], run, 7)
+    assert index.tolist() == [7, 1, -1, 2] == batches.index.tolist()
+
+
+def test_what_bags_are_told(capsys):
     """Bags by their labels, the last network image by image."""
     args = completed(weak, "--task bags --positive 1 --bag-size 4 --batch-size 8".split())
     labels = torch.tensor([0, 1, 2, 0, 1, 0, 2, 2, 0, 0])
@@ -655,6 +680,9 @@ def test_what_bags_are_told():
     truth.append(F.binary_cross_entropy_with_logits(s[2][:, 1:][mask], y))
     assert all(map(close, found, truth))
     assert not close(found[0], F.binary_cross_entropy_with_logits(s[0][:, 0], 1 - of_bag), 1e-2)
+    for label in (1, 2):
+        data.train.labels = torch.full((10,), label)
+        assert "of one kind" in fails(lambda: weak.bags(args, data, RUN), capsys)
 
 
 def test_what_noisy_networks_are_told():
@@ -759,6 +787,46 @@ def test_votes_from_a_file(tmp_path):
     argv = [*SHORT, "--votes", path, "--label-model", "em", "--out", tmp_path / "run"]
     net, _, run = train(weak, argv, Reading)
     assert data["classes"] == 10 and math.isfinite(run.rows[0]["loss"])
+
+
+def test_all_networks_start_alike(tmp_path, capsys):
+    """From a backbone, which --eval does not take for a classifier; last.pt needs no rules."""
+    class Starting(common.Run):
+        def restore(self, state):
+            nets = [state["net"], *state["net"].others.values()]
+            self.start = [copy.deepcopy(net.backbone.state_dict()) for net in nets]
+            super().restore(state)
+
+    quiet(weak, [*SHORT, "--task", "noisy", "--out", tmp_path / "run"])
+    argv = [*SHORT, "--out", tmp_path / "next"]
+    backbone = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)["state_dict"]
+    start = train(weak, [*argv, "--init", tmp_path / "run" / "backbone.pt"], Starting)[2].start
+    assert len(start) == 3 and all(same(dict(f), backbone) for f in start)
+    results, _ = quiet(weak, [*argv, "--eval", tmp_path / "run" / "backbone.pt"])
+    assert not any(k.endswith("accuracy") for k in results)
+    for i in range(6):
+        (tmp_path / "images" / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        photo = Image.fromarray(np.full((20, 20, 3), 40 * i, np.uint8))
+        photo.save(tmp_path / "images" / "train" / "ab"[i % 2] / f"{i}.png")
+    quiet(weak, [*SHORT, "--out", tmp_path / "rules"])
+    argv += ["--dataset", tmp_path / "images", "--eval", tmp_path / "rules" / "last.pt"]
+    assert 0 <= quiet(weak, argv)[0]["label_model_accuracy"] <= 100
+
+
+@pytest.mark.parametrize("votes, words", [
+    ([-1, -1, -1], "one class at most"), ([0, -1, 0], "one class at most"),
+    ([0, 1, -1], "never on the same")])
+def test_votes_that_say_nothing(votes, words, tmp_path, capsys):
+    """Neither images that are left over, nor shares of classes that are no number."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(20):
+        Image.fromarray(np.full((20, 20, 3), 12 * i, np.uint8)).save(folder / f"{i}.png")
+    np.savetxt(tmp_path / "votes.csv", np.tile([votes], (20, 1)), fmt="%d", delimiter=",")
+    argv = [*TINY[:4], "--image-size", 16, "--dataset", folder, "--votes", tmp_path / "votes.csv",
+            "--label-model", "triplets", "--out", tmp_path / "run"]
+    assert words in refused(weak, argv, capsys)
+    assert "not with --limit" in refused(weak, [*argv, "--limit", 20], capsys)
 
 
 @pytest.mark.parametrize("flags, words", [
