@@ -77,9 +77,12 @@ def draw(whole, means, x):
     upper, lower = whole.subfigures(2, 1, height_ratios=[4, 1])
     left, right = upper.subplots(1, 2)
     shared.lines(left, means, "method", "bits", "linear_top1")
-    shared.floor(left, sum(row["untrained_linear_top1"] for row in means) / len(means))
+    for i, name in enumerate(dict.fromkeys(row["method"] for row in means)):
+        line = [row for row in means if row["method"] == name]
+        left.plot([row["bits"] for row in line], [row["untrained_linear_top1"] for row in line],
+                  f"C{i}:", label=f"{name}, untrained")
     left.set(ylabel="linear probe of h for the class, %")
-    left.legend()
+    left.legend(fontsize=8, ncols=2, loc="upper right")
     marked = [row for row in means if row["bits"] > 0]
     shared.lines(right, marked, "method", "bits", "mark_top1")
     bits = sorted({row["bits"] for row in marked})

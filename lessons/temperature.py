@@ -76,7 +76,7 @@ def draw(whole, by_tau, by_batch):
         ax.set(xlabel=key.replace("_", " "), ylabel="top-1 of h, %")
         if "linear_top1" in rows[0]:
             draw_sweep(ax, rows, key, TOP1)
-            shared.floor(ax, rows[0]["untrained_linear_top1"])
+            shared.floor(ax, rows[0]["untrained_linear_top1"], "untrained network, linear probe")
             ax.legend(fontsize=8, loc="lower left")
 
 

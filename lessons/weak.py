@@ -112,8 +112,8 @@ def draw(whole, means, task, pictures):
     upper, lower = whole.subfigures(2, 1, height_ratios=[4, 1]) if pictures else (whole, None)
     ax = upper.subplots()
     shared.bars(ax, means, "name", COLUMNS[task], fmt="%.1f")
-    unit = "AUC" if task == "bags" else "accuracy"
-    ax.set(ylabel=f"validation {unit}, %", ylim=(0, 140), yticks=range(0, 101, 20),
+    unit = {"bags": "validation AUC", "labeling": "accuracy"}.get(task, "validation accuracy")
+    ax.set(ylabel=f"{unit}, %", ylim=(0, 140), yticks=range(0, 101, 20),
            xlabel="labels a class" if task == "pseudo" else "")
     ax.legend(fontsize=8, ncols=2, loc="upper center")
     if pictures:
