@@ -360,6 +360,17 @@ def refused(name, capsys, *argv):
     return fails(lambda: lesson(name).main([str(a) for a in argv]), capsys)
 
 
+def test_a_lesson_has_its_own_seeds(tmp_path, capsys):
+    """And begins anew; the folder of its results is made before the runs."""
+    for flags in (["--seed", "5"], ["--resume"], ["--eval=x.pt"]):
+        argv = [*TINY, *flags, "--out", tmp_path / "new" / "folder"]
+        assert flags[0].split("=")[0] in refused("moco_momentum", capsys, *argv)
+    assert (tmp_path / "new" / "folder").is_dir()
+    (tmp_path / "file").touch()
+    error = refused("moco_momentum", capsys, *TINY, "--out", tmp_path / "file" / "folder")
+    assert "no folder can be made" in error
+
+
 def test_few_labels(tmp_path, monkeypatch):
     """The four ways learn from so many labels and no more, not from validation images, either; the
     test images are not read before all is chosen."""
