@@ -679,13 +679,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     is_run = "method" in weights and isinstance(weights.get("state"), dict)
     if is_run and weights["method"] != args.method:
         fail(f"{path} is a run of {weights['method']}: give its backbone.pt")
-    made = weights["meta"] if isinstance(weights.get("meta"), dict) else {}
-    theirs = [*made.get("mean", (0.485, 0.456, 0.406))]
-    if mean and not is_run and theirs != [*mean]:
-        print(f"warning: {path} is for images less a mean of {theirs}, here it is {[*mean]}: its "
-              "features are worse before training")
-    if made.get("task") in OTHER_INPUT and made["task"] != getattr(args, "task", None):
-        print(f"warning: {path} is of --task {made['task']}, which does not take RGB images")
+    if mean and not is_run:
+        warn_of_another_input(path, weights.get("meta"), args, mean)
     if is_run:
         weights = {"model": weights["state"].get("net" if branch == "student" else kept)}
     for key in (branch, "state_dict", "model"):
@@ -718,6 +713,17 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
         fail(f"{path} holds weights that are not finite")
     return whole
+
+
+def warn_of_another_input(path, meta, args, mean):
+    """Where the network of a file was trained on images less another mean, or on no RGB images."""
+    made = meta if isinstance(meta, dict) else {}
+    theirs = [*made.get("mean", (0.485, 0.456, 0.406))]
+    if theirs != [*mean]:
+        print(f"warning: {path} is for images less a mean of {theirs}, here it is {[*mean]}: its "
+              "features are worse before training")
+    if made.get("task") in OTHER_INPUT and made["task"] != getattr(args, "task", None):
+        print(f"warning: {path} is of --task {made['task']}, which does not take RGB images")
 
 
 def rename(name, renames):

@@ -614,6 +614,9 @@ def test_torchvision_weights_in_and_timm_out(tmp_path, capsys):
         made = {"state_dict": theirs.state_dict(), "meta": meta}
         common.load_weights(net, saved(tmp_path, made), mean=own)
         assert "warning" not in capsys.readouterr().out
+    made = {"state_dict": theirs.state_dict(), "meta": {"mean": simclr.MEAN, "task": "jigsaw"}}
+    common.load_weights(net, saved(tmp_path, made), mean=simclr.MEAN)
+    assert "does not take RGB images" in capsys.readouterr().out
     timm, theirs.fc = pytest.importorskip("timm"), nn.Identity()
     other = timm.create_model("resnet18", num_classes=0)
     other.load_state_dict(net.backbone.state_dict())  # strictly; num_classes=0 is without fc
@@ -1639,6 +1642,14 @@ def test_eval_of_another_method(finished, tmp_path, capsys):
         else:
             words = "another network" if known else "does not have"
             assert words in refused(other, argv, capsys)
+
+
+def test_what_a_run_started_from_is_not_recalled(tmp_path):
+    """--branch student of a released file: the run's own file is evaluated by its teacher."""
+    made = {"method": "dino", "branch": "student", "out_dim": 7}
+    torch.save({"method": "dino", "args": made}, tmp_path / "last.pt")
+    args = Namespace(method="dino", eval=tmp_path / "last.pt")
+    assert common.recall(args) == {"method": "dino", "out_dim": 7}
 
 
 def stopped_after(k, name, *argv):
