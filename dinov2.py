@@ -642,39 +642,41 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """
     if not torch.isfinite(fit[0]).all():
         return math.nan
-    scores = []
-    for score in regression_path(*fit, *val, penalties):
-        scores.append(score)
-        if score < max(scores) - 2:  # weaker ones overfit still more
+    top = -1
+    for penalty, (score, w) in zip(penalties, regression_path(*fit, *val, penalties)):
+        if score > top:
+            top, chosen, start = score, penalty, w
+        elif score < top - 2:  # weaker ones overfit still more
             break
     if test is None:
-        return max(scores)
+        return top
     both = [torch.cat(pair) for pair in zip(fit, val)]
-    *_, score = regression_path(*both, *test, penalties[: scores.index(max(scores)) + 1])
+    [(score, _)] = regression_path(*both, *test, [chosen], start)
     return score
 
 
 @torch.enable_grad()
-def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, from strong to weak; each
-    fit starts from the result of the one before. x is standardised first."""
+def regression_path(x, y, x_test, y_test, penalties, start=None):
+    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test and weights (C, d + 1) for each penalty,
+    strong to weak. x is standardised; a fit starts from the one before, the first from start."""
     mean, std = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    w = torch.zeros(int(y.max()) + 1, x.shape[1], device=x.device, requires_grad=True)  # (C, d)
-    b = torch.zeros_like(w[:, 0], requires_grad=True)
+    x, x_test = (F.pad((t - mean) / std, (0, 1), value=1.0) for t in (x, x_test))  # 1: the bias
+    w = torch.zeros(int(y.max()) + 1, x.shape[1], device=x.device, requires_grad=True)
+    if start is not None:
+        w.data[: len(start)] = start  # it has no classes that are in val alone
     for penalty in penalties:
         lbfgs = torch.optim.LBFGS(
-            [w, b], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+            [w], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
 
         def objective(penalty=penalty, lbfgs=lbfgs):
             lbfgs.zero_grad()
-            loss = F.cross_entropy(F.linear(x, w, b), y) + penalty / 2 * w.square().sum()
+            loss = F.cross_entropy(F.linear(x, w), y) + penalty / 2 * w[:, :-1].square().sum()
             loss.backward()
             return loss
 
         lbfgs.step(objective)
-        correct = F.linear(x_test, w, b).argmax(1) == y_test
-        yield 100 * correct.float().mean().item()
+        correct = F.linear(x_test, w).argmax(1) == y_test
+        yield 100 * correct.float().mean().item(), w.detach().clone()
 
 
 def accuracies(f, names, crop, splits, run):

@@ -92,7 +92,8 @@ def top1(net, part, run):
 
 def regress(net, fit, part, penalties, run):
     """Top-1 on part of logistic regression on frozen features, for each L2 penalty."""
-    return [*simclr.regression_path(*outputs(net, fit, run), *outputs(net, part, run), penalties)]
+    path = simclr.regression_path(*outputs(net, fit, run), *outputs(net, part, run), penalties)
+    return [score for score, _ in path]
 
 
 def choose(net, floor, data, run):
