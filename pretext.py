@@ -874,32 +874,32 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     if test is None:
         return top
     both = [torch.cat(pair) for pair in zip(fit, val)]
-    [(score, _)] = regression_path(*both, *test, [chosen], start)
-    return score
+    return next(regression_path(*both, *test, [chosen], start))[0]
 
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties, start=None):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test and weights (C, d + 1) for each penalty,
+    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test and the weights (C, d) for each penalty,
     strong to weak. x is standardised; a fit starts from the one before, the first from start."""
     mean, std = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (F.pad((t - mean) / std, (0, 1), value=1.0) for t in (x, x_test))  # 1: the bias
-    w = torch.zeros(int(y.max()) + 1, x.shape[1], device=x.device, requires_grad=True)
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    w = torch.zeros(y.max() + 1, x.shape[1], device=x.device, requires_grad=True)
+    b = w.new_zeros(len(w), requires_grad=True)
     if start is not None:
         w.data[: len(start)] = start  # it has no classes that are in val alone
     for penalty in penalties:
         lbfgs = torch.optim.LBFGS(
-            [w], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+            [w, b], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
 
         def objective(penalty=penalty, lbfgs=lbfgs):
             lbfgs.zero_grad()
-            loss = F.cross_entropy(F.linear(x, w), y) + penalty / 2 * w[:, :-1].square().sum()
+            loss = F.cross_entropy(F.linear(x, w, b), y) + penalty / 2 * w.square().sum()
             loss.backward()
             return loss
 
         lbfgs.step(objective)
-        correct = F.linear(x_test, w).argmax(1) == y_test
-        yield 100 * correct.float().mean().item(), w.detach().clone()
+        correct = F.linear(x_test, w, b).argmax(1) == y_test
+        yield 100 * correct.float().mean().item(), w.data.clone()
 
 
 def accuracies(f, names, crop, splits, run):
