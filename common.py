@@ -109,7 +109,7 @@ def number(kind, low, high=math.inf):
             raise ValueError
         return value
 
-    parse.__name__ = f"number, {kind.__name__} from {low:g} to {high:g}:"  # argparse: "invalid ..."
+    parse.__name__ = f"{kind.__name__} ({low:g} to {high:g})"  # argparse: "invalid ... value: 4"
     return {"type": parse}
 
 
