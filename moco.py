@@ -101,7 +101,7 @@ OPTIONS = {  # fmt: skip
     "m":            (momentum_k, momentum_k, momentum_k, SHARE,         "momentum (0 fails)"),
 }
 # Without a GPU images up to 64 pixels have the first column, except for:
-CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1e6), "queue": 1024}
+CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1.5e6), "queue": 1024}
 
 # ==================================================================================================
 # Augmentation

@@ -306,7 +306,8 @@ def trained(tmp_path, monkeypatch):
 
     def run(flags=""):
         argv = [*SHORT, *"--optimizer sgd --lr 0.1 --weight-decay 0.01 --warmup 0".split(),
-                *f"--hidden 24 --dim 4 --m 0.5 {flags} --out".split(), tmp_path / f"run{flags}"]
+                *"--hidden 24 --dim 4 --m 0.5 --predictor-lr-scale 1".split(),
+                *f"{flags} --out".split(), tmp_path / f"run{flags}"]
         _, _, made = tools.train(byol, argv, Compared)
         assert len(made.views) == 3 and not close(*made.views[0], 0.1)
         made.start = byol.build(made.args)
