@@ -370,7 +370,7 @@ def regression_path(x, y, x_test, y_test, penalties, start=None):
     strong to weak. x is standardised; a fit starts from the one before, the first from start."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    w = torch.zeros(y.max() + 1, x.shape[1], device=x.device, requires_grad=True)
+    w = x.new_zeros(int(y.max()) + 1, x.shape[1], requires_grad=True)
     b = w.new_zeros(len(w), requires_grad=True)
     if start is not None:
         w.data[: len(start)] = start  # it has no classes that are in val alone
