@@ -75,7 +75,6 @@ import inspect
 import math
 from collections import OrderedDict
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -213,34 +212,46 @@ def block_mask(height, width, ratio, generator, least=None):
 
     Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
     aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
-    aspect is uniform). least: a third of the shorter side, squared. Test: test_block_mask.
+    aspect is uniform). ratio: a number, or (...) of them -> (..., height, width). least: a third of
+    the shorter side, squared. Test: test_block_mask.
     """
     least = least or (min(height, width) // 3) ** 2
-    mask = np.zeros((height, width), bool)
-    left = ratio * height * width
-    attempts = 0
-    while left >= 1 and attempts < 10:
-        attempts += 1
-        a, b, c, d = torch.rand(4, generator=generator).tolist()
+    ratio = torch.as_tensor(ratio, dtype=torch.float64)
+    left = ratio[..., None, None] * height * width  # patches that may still be hidden
+    failed = torch.zeros_like(left)  # attempts in a row
+    mask = torch.zeros(*ratio.shape, height, width, dtype=torch.bool)
+    rows = torch.arange(height).unsqueeze(1)
+    columns = torch.arange(width)
+    while (going := (left >= 1) & (failed < 10)).any():
+        numbers = torch.rand(4, *left.shape, generator=generator)
+        a, b, c, d = numbers.double()
         area = least + (left - least) * a
         aspect = 0.3 ** (1 - 2 * b)  # from 0.3 to 1 / 0.3
-        h = round(math.sqrt(area * aspect))
-        w = round(math.sqrt(area / aspect))
-        y = int(c * (height - h + 1))
-        x = int(d * (width - w + 1))
-        block = mask[y : y + h, x : x + w]
-        new = np.sum(~block)
-        if h < height and w < width and 0 < new <= left:
-            block[:] = True
-            left -= new
-            attempts = 0
-    return torch.from_numpy(mask)
+        h = (area * aspect).sqrt().round()
+        w = (area / aspect).sqrt().round()
+        y = (c * (height - h + 1)).floor()
+        x = (d * (width - w + 1)).floor()
+        in_rows = (rows >= y) & (rows < y + h)
+        in_columns = (columns >= x) & (columns < x + w)
+        block = in_rows & in_columns
+        new = (block & ~mask).sum((-2, -1), keepdim=True)
+        smaller = (h < height) & (w < width)
+        fits = going & smaller
+        fits &= new > 0
+        fits &= new <= left
+        mask |= block & fits
+        left -= fits * new
+        failed = (failed + 1) * ~fits
+    return mask
 
 
 def random_mask(height, width, ratio, generator):
     """The same share of the patches one by one ("rand" in the released code)."""
-    order = torch.rand(height * width, generator=generator).argsort()
-    return (order < int(ratio * height * width)).view(height, width)
+    ratio = torch.as_tensor(ratio, dtype=torch.float64)
+    patches = height * width
+    order = torch.rand(*ratio.shape, patches, generator=generator).argsort()
+    hidden = (patches * ratio).floor().unsqueeze(-1)
+    return (order < hidden).unflatten(-1, (height, width))
 
 
 def stratified_masks(step, side, args, run):
@@ -249,8 +260,8 @@ def stratified_masks(step, side, args, run):
     what each of these weighs: 1 / (hidden patches of its view x 2n). Test: test_masks.
 
     Of all 2N views exactly the share --mask-crops has one; the i-th of them, in a random order, at
-    a ratio from the i-th of equal parts of --mask-ratio (released code). Each mask is from a seed
-    of its own: with any number of processes an image has the same masks.
+    a ratio from the i-th of equal parts of --mask-ratio (released code). Those of the whole batch
+    are made: with any number of processes an image has the same masks.
     """
     N = args.batch_size
     low, high = args.mask_ratio
@@ -259,20 +270,21 @@ def stratified_masks(step, side, args, run):
     parts = torch.arange(masked) + torch.rand(masked, generator=generator)
     ratios = low + (high - low) * parts / max(masked, 1)
     ratios = F.pad(ratios, (0, 2 * N - masked))[torch.randperm(2 * N, generator=generator)]
-    ratios = ratios.view(2, N).chunk(run.world, 1)[run.rank]
-    seeds = torch.randint(2**62, (2, N), generator=generator).chunk(run.world, 1)[run.rank]
-    masks = []
-    for ratio, seed in zip(ratios.flatten().tolist(), seeds.flatten().tolist()):
-        generator.manual_seed(seed)
-        if args.random_masks:
-            masks.append(random_mask(side, side, ratio, generator))
-        else:
-            masks.append(block_mask(side, side, ratio, generator, least=4))
-    masks = torch.stack(masks)
+
+    ratios = ratios.view(2, N)
+    if args.random_masks:
+        masks = random_mask(side, side, ratios, generator)
+    else:
+        masks = block_mask(side, side, ratios, generator, least=4)
+    masks = masks.chunk(run.world, 1)[run.rank].flatten(0, 1)
     hidden = masks.flatten().nonzero().squeeze(1)
     counts = masks.sum((1, 2))
     weights = (1 / counts / len(masks)).repeat_interleave(counts)
-    return [x.to(run.device, non_blocking=True) for x in (masks, hidden, weights)]
+    masks, hidden, weights = (
+        x.to(run.device, non_blocking=True) for x in (masks, hidden, weights))
+    if args.compile:  # M differs: else the second step would compile all again
+        torch._dynamo.maybe_mark_dynamic(hidden, 0)
+    return [masks, hidden, weights]
 
 
 # ==================================================================================================

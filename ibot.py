@@ -52,7 +52,6 @@ import inspect
 import math
 from collections import OrderedDict
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -172,56 +171,65 @@ def block_mask(height, width, ratio, generator, least=None):
 
     Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
     aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
-    aspect is uniform). least: a third of the shorter side, squared. Test: test_block_mask.
+    aspect is uniform). ratio: a number, or (...) of them -> (..., height, width). least: a third of
+    the shorter side, squared. Test: test_block_mask.
     """
     least = least or (min(height, width) // 3) ** 2
-    mask = np.zeros((height, width), bool)
-    left = ratio * height * width
-    attempts = 0
-    while left >= 1 and attempts < 10:
-        attempts += 1
-        a, b, c, d = torch.rand(4, generator=generator).tolist()
+    ratio = torch.as_tensor(ratio, dtype=torch.float64)
+    left = ratio[..., None, None] * height * width  # patches that may still be hidden
+    failed = torch.zeros_like(left)  # attempts in a row
+    mask = torch.zeros(*ratio.shape, height, width, dtype=torch.bool)
+    rows = torch.arange(height).unsqueeze(1)
+    columns = torch.arange(width)
+    while (going := (left >= 1) & (failed < 10)).any():
+        numbers = torch.rand(4, *left.shape, generator=generator)
+        a, b, c, d = numbers.double()
         area = least + (left - least) * a
         aspect = 0.3 ** (1 - 2 * b)  # from 0.3 to 1 / 0.3
-        h = round(math.sqrt(area * aspect))
-        w = round(math.sqrt(area / aspect))
-        y = int(c * (height - h + 1))
-        x = int(d * (width - w + 1))
-        block = mask[y : y + h, x : x + w]
-        new = np.sum(~block)
-        if h < height and w < width and 0 < new <= left:
-            block[:] = True
-            left -= new
-            attempts = 0
-    return torch.from_numpy(mask)
+        h = (area * aspect).sqrt().round()
+        w = (area / aspect).sqrt().round()
+        y = (c * (height - h + 1)).floor()
+        x = (d * (width - w + 1)).floor()
+        in_rows = (rows >= y) & (rows < y + h)
+        in_columns = (columns >= x) & (columns < x + w)
+        block = in_rows & in_columns
+        new = (block & ~mask).sum((-2, -1), keepdim=True)
+        smaller = (h < height) & (w < width)
+        fits = going & smaller
+        fits &= new > 0
+        fits &= new <= left
+        mask |= block & fits
+        left -= fits * new
+        failed = (failed + 1) * ~fits
+    return mask
 
 
 def random_mask(height, width, ratio, generator):
     """The same share of the patches one by one ("rand" in the released code)."""
-    order = torch.rand(height * width, generator=generator).argsort()
-    return (order < int(ratio * height * width)).view(height, width)
+    ratio = torch.as_tensor(ratio, dtype=torch.float64)
+    patches = height * width
+    order = torch.rand(*ratio.shape, patches, generator=generator).argsort()
+    hidden = (patches * ratio).floor().unsqueeze(-1)
+    return (order < hidden).unflatten(-1, (height, width))
 
 
 def draw_masks(step, args, run):
     """Masks for the global views of the n images of this process, of the first view of each, then
     of the second: (2n, S / P, S / P) bool on the CPU. Test: test_draw_masks.
 
-    A view has one with probability --mask-crops, at a ratio from --mask-ratio, from a seed of its
-    own: with any number of processes an image has the same masks.
+    A view has one with probability --mask-crops, at a ratio from --mask-ratio. Those of the whole
+    batch are made: with any number of processes an image has the same masks.
     """
     generator = torch.Generator().manual_seed(args.seed * 2**20 + step)
-    masked = torch.rand(2, args.batch_size, generator=generator) < args.mask_crops
+    chance, ratio = torch.rand(2, 2, args.batch_size, generator=generator)
     low, high = args.mask_ratio
-    ratios = low + (high - low) * torch.rand(2, args.batch_size, generator=generator)
-    ratios = torch.where(masked, ratios, 0.0).chunk(run.world, 1)[run.rank]
-    seeds = torch.randint(2**62, masked.shape, generator=generator)
-    seeds = seeds.chunk(run.world, 1)[run.rank]
+    ratio = low + (high - low) * ratio
+    ratio[chance >= args.mask_crops] = 0.0
     make = random_mask if args.random_masks else block_mask
     side = args.image_size // args.patch_size
-    masks = []
-    for ratio, seed in zip(ratios.flatten().tolist(), seeds.flatten().tolist()):
-        masks.append(make(side, side, ratio, generator.manual_seed(seed)))
-    return torch.stack(masks)
+    masks = make(side, side, ratio, generator)  # (2, N, side, side)
+    masks = masks.chunk(run.world, 1)[run.rank]  # (2, n, side, side)
+    return masks.flatten(0, 1)
 
 
 # ==================================================================================================

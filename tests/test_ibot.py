@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from tools import PLAIN, TINY, Watched, close, draw, fails, options, same, train
+from tools import PLAIN, TINY, Watched, blocks_agree, close, draw, fails, options, same, train
 
 import common
 import ibot
@@ -177,49 +177,13 @@ def test_entropy():
 # ==================================================================================================
 
 
-def numbers(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def beit_blocks(H, W, ratio, generator, least, mistake=None):
-    """BEiT's Algorithm 1 as iBOT bounds it, with sets of patches: rectangles of area s between
-    `least` and what is left, aspect r log-uniform in [0.3, 1 / 0.3], sides sqrt(s r), sqrt(s / r),
-    anywhere; ten attempts for each, one that hides too much or nothing new does not count."""
-    hidden, attempts = set(), 0
-    while attempts < 10 and (left := ratio * H * W - len(hidden)) >= 1:
-        u = torch.rand(4, generator=generator).tolist()
-        s = least + u[0] * (left - least)
-        r = math.exp(math.log(0.3) + u[1] * (math.log(1 / 0.3) - math.log(0.3)))
-        r = {"all squares": 1.0, "height and width swapped": 1 / r}.get(mistake, r)
-        h, w = round(math.sqrt(s * r)), round(math.sqrt(s / r))
-        attempts += 1
-        if h < H and w < W:
-            top, start = math.floor(u[2] * (H - h + 1)), math.floor(u[3] * (W - w + 1))
-            block = {(top + i, start + j) for i in range(h) for j in range(w)}
-            new = len(block) if mistake == "what is hidden counted twice" else len(block - hidden)
-            if block - hidden and new <= left:
-                hidden, attempts = hidden | block, 10 * (mistake == "one block")
-    return torch.tensor([[(i, j) in hidden for j in range(W)] for i in range(H)])
-
-
-CASES = [*enumerate([(14, 14, 0.3), (14, 14, 0.5), (7, 12, 0.4), (4, 4, 0.5), (12, 5, 0.2),
-                     (2, 2, 0.5)] * 4), (42, (14, 14, 0.5)), (58, (14, 14, 0.5))]  # ten attempts
-
-
 def test_block_mask():
-    """BEiT's blocks, patch for patch, from the same numbers."""
-    def agrees(mistake=None, least=None, own=None):
-        for i, (h, w, ratio) in CASES:
-            area = (min(h, w) // 3) ** 2 if least is None else least
-            expected = beit_blocks(h, w, ratio, numbers(i), area, mistake)
-            if not torch.equal(ibot.block_mask(h, w, ratio, numbers(i), own), expected):
-                return False
-        return True
-
-    assert agrees() and agrees(least=4, own=4) and not agrees(least=4) and not agrees(least=0)
+    make = ibot.block_mask
+    assert blocks_agree(make) and blocks_agree(functools.partial(make, least=4), least=4)
+    assert not blocks_agree(make, least=4) and not blocks_agree(make, least=0)
     for mistake in ("all squares", "height and width swapped", "what is hidden counted twice",
-                    "one block"):
-        assert not agrees(mistake), mistake
+                    "one block", "nine attempts"):
+        assert not blocks_agree(make, mistake), mistake
 
 
 def neighbours(mask):
@@ -231,19 +195,23 @@ def neighbours(mask):
 def test_masks_of_every_size():
     """At most the share that was asked for, near to it on a large grid, and in blocks; one by one
     exactly as many. They end, whatever the grid."""
+    def generator():
+        return torch.Generator().manual_seed(0)
+
     kinds = ibot.block_mask, ibot.random_mask
     for h, w in ((1, 1), (1, 3), (2, 2), (4, 4), (3, 8), (14, 14)):
         for most in (ratio * h * w for ratio in (0.0, 0.1, 0.3, 0.5, 1.0)):
-            block, single = (make(h, w, most / (h * w), numbers()) for make in kinds)
+            block, single = (make(h, w, most / (h * w), generator()) for make in kinds)
             assert block.shape == single.shape == (h, w)
             assert block.dtype == single.dtype == torch.bool
             assert block.sum() <= most and single.sum() == int(most)
             assert block.any() or most < 1 or min(h, w) == 1
-    blocks, singles = ([make(14, 14, 0.4, numbers(i)) for i in range(100)] for make in kinds)
-    assert sum(mask.sum() for mask in blocks) > 0.9 * 0.4 * 100 * 196
+    ratios = torch.full((2, 50), 0.4)
+    blocks, singles = (make(14, 14, ratios, generator()).flatten(0, 1) for make in kinds)
+    assert blocks.sum() > 0.9 * 0.4 * 100 * 196
     assert min(map(neighbours, blocks)) > 0.7 > 0.65 > max(map(neighbours, singles))
     for masks in (blocks, singles):
-        assert len(torch.stack(masks).flatten(1).unique(dim=0)) == 100
+        assert len(masks.flatten(1).unique(dim=0)) == 100
 
 
 def masks_of(*argv, step=0, rank=0, world=1):

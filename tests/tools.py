@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,3 +106,40 @@ def fails(call, capsys):
 def refused(method, argv, capsys):
     """The one sentence with which method.main(argv) ends."""
     return fails(lambda: quiet(method, argv), capsys)
+
+
+def beit_blocks(H, W, ratio, draws, least, mistake=None):
+    """BEiT's Algorithm 1 as iBOT bounds it, with sets of patches: rectangles of area s between
+    `least` and what is left, aspect r log-uniform in [0.3, 1 / 0.3], sides sqrt(s r), sqrt(s / r),
+    anywhere; ten attempts for each, one that hides too much or nothing new does not count."""
+    hidden, attempts = set(), 0
+    most = 9 if mistake == "nine attempts" else 10
+    while attempts < most and (left := ratio * H * W - len(hidden)) >= 1:
+        u = next(draws)
+        s = least + u[0] * (left - least)
+        r = math.exp(math.log(0.3) + u[1] * (math.log(1 / 0.3) - math.log(0.3)))
+        r = {"all squares": 1.0, "height and width swapped": 1 / r}.get(mistake, r)
+        h, w = round(math.sqrt(s * r)), round(math.sqrt(s / r))
+        attempts += 1
+        if h < H and w < W:
+            top, start = math.floor(u[2] * (H - h + 1)), math.floor(u[3] * (W - w + 1))
+            block = {(top + i, start + j) for i in range(h) for j in range(w)}
+            new = len(block) if mistake == "what is hidden counted twice" else len(block - hidden)
+            if block - hidden and new <= left:
+                hidden, attempts = hidden | block, most * (mistake == "one block")
+    return torch.tensor([[(i, j) in hidden for j in range(W)] for i in range(H)])
+
+
+def blocks_agree(make, mistake=None, least=None):
+    """Whether make, a block_mask, gives BEiT's blocks, patch for patch, from the same numbers."""
+    for H, W in ((14, 14), (16, 16), (7, 12), (4, 4), (12, 5), (2, 2)):
+        ratios = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0] * 6, dtype=torch.float64)
+        masks = make(H, W, ratios, torch.Generator().manual_seed(H))
+        generator = torch.Generator().manual_seed(H)
+        rounds = [torch.rand(4, 42, generator=generator).T.tolist() for _ in range(200)]
+        area = (min(H, W) // 3) ** 2 if least is None else least
+        for i, (mask, ratio) in enumerate(zip(masks, ratios.tolist())):
+            draws = (numbers[i] for numbers in rounds)
+            if not torch.equal(mask, beit_blocks(H, W, ratio, draws, area, mistake)):
+                return False
+    return True
