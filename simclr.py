@@ -79,7 +79,7 @@ OPTIONS = {  # fmt: skip
     "warmup":       (0.1,        0.1,        0.1,        SHARE,             "share of the steps"),
 }
 # Without a GPU images up to 64 pixels have the first column, except for:
-CPU = {"arch": "convnet_wide", "temperature": 0.1, "min_scale": 0.2, "epochs": common.hour(1e6),
+CPU = {"arch": "convnet_wide", "temperature": 0.1, "min_scale": 0.2, "epochs": common.hour(1.2e6),
        "batch_size": 256, "lr": 0.4}
 
 # ==================================================================================================

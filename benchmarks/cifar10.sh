@@ -15,10 +15,9 @@
 #
 #   cpu          the CPU's recipes: about an hour a file on one core
 #
-# The others are for one GPU, with --compile, which MoCo, iBOT and DINOv2 have not run with there yet.
-# What is finished is left alone and what was cut goes on where it was, so the same command can be
-# given again. Every method trained there is evaluated again with the 200 neighbours of the published
-# figures (-k200-).
+# The others are for one GPU, with --compile. What is finished is left alone and what was cut goes on
+# where it was, so the same command can be given again. Every method trained there is evaluated again
+# with the 200 neighbours of the published figures (-k200-).
 #
 # DATA: a set or a folder <split>/<class>/* (cifar10). PYTHON, SEEDS ("0").
 set -euo pipefail
@@ -132,7 +131,7 @@ for stage in "${stages[@]}"; do
     [[ " ${order[*]} cpu " == *" $stage "* ]] || stages=()
 done
 if ((${#stages[@]} == 0)); then
-    sed -n '2,23s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,22s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 for stage in "${stages[@]}"; do "$stage"; done
