@@ -207,25 +207,28 @@ def augment(views, args):
     return augmented
 
 
-def block_mask(height, width, ratio, generator, least=None):
+def block_mask(height, width, ratio, generator, least=None, own=...):
     """Hide rectangles, at most this share of the patches -> (height, width) bool.
 
     Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
     aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
-    aspect is uniform). ratio: a number, or (...) of them -> (..., height, width). least: a third of
-    the shorter side, squared. Test: test_block_mask.
+    aspect is uniform). least: a third of the shorter side, squared. ratio: also (...) of them, for
+    as many masks, of which those at `own` are made. Test: test_block_mask.
     """
-    least = least or (min(height, width) // 3) ** 2
+    third = min(height, width) // 3
+    least = least or third**2
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
-    left = ratio[..., None, None] * height * width  # patches that may still be hidden
+    made = ratio[own]
+    left = made.reshape(-1, 1, 1) * height * width  # patches that may still be hidden
     failed = torch.zeros_like(left)  # attempts in a row
-    mask = torch.zeros(*ratio.shape, height, width, dtype=torch.bool)
+    mask = torch.zeros(len(left), height, width, dtype=torch.bool)
     rows = torch.arange(height).unsqueeze(1)
     columns = torch.arange(width)
-    while (going := (left >= 1) & (failed < 10)).any():
-        numbers = torch.rand(4, *left.shape, generator=generator)
-        a, b, c, d = numbers.double()
-        area = least + (left - least) * a
+    while len(i := torch.where((left >= 1) & (failed < 10))[0]):  # masks that are not done
+        numbers = torch.rand(*ratio.shape, 4, generator=generator)
+        numbers = numbers[own].double().reshape(-1, 4, 1, 1)
+        a, b, c, d = numbers[i].unbind(1)  # (n, 1, 1) each
+        area = least + (left[i] - least) * a
         aspect = 0.3 ** (1 - 2 * b)  # from 0.3 to 1 / 0.3
         h = (area * aspect).sqrt().round()
         w = (area / aspect).sqrt().round()
@@ -234,24 +237,28 @@ def block_mask(height, width, ratio, generator, least=None):
         in_rows = (rows >= y) & (rows < y + h)
         in_columns = (columns >= x) & (columns < x + w)
         block = in_rows & in_columns
-        new = (block & ~mask).sum((-2, -1), keepdim=True)
-        smaller = (h < height) & (w < width)
-        fits = going & smaller
+        new = block & ~mask[i]
+        new = new.sum((1, 2), keepdim=True)
+        fits = h < height
+        fits &= w < width
         fits &= new > 0
-        fits &= new <= left
-        mask |= block & fits
-        left -= fits * new
-        failed = (failed + 1) * ~fits
-    return mask
+        fits &= new <= left[i]
+        mask[i] |= block & fits
+        left[i] -= fits * new
+        failed[i] += 1
+        failed[i] *= ~fits
+    return mask.view(*made.shape, height, width)
 
 
-def random_mask(height, width, ratio, generator):
+def random_mask(height, width, ratio, generator, own=...):
     """The same share of the patches one by one ("rand" in the released code)."""
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     patches = height * width
-    order = torch.rand(*ratio.shape, patches, generator=generator).argsort()
-    hidden = (patches * ratio).floor().unsqueeze(-1)
-    return (order < hidden).unflatten(-1, (height, width))
+    numbers = torch.rand(*ratio.shape, patches, generator=generator)
+    order = numbers[own].argsort()
+    hidden = (patches * ratio[own]).floor()
+    mask = order < hidden.unsqueeze(-1)
+    return mask.unflatten(-1, (height, width))
 
 
 def stratified_masks(step, side, args, run):
@@ -260,8 +267,8 @@ def stratified_masks(step, side, args, run):
     what each of these weighs: 1 / (hidden patches of its view x 2n). Test: test_masks.
 
     Of all 2N views exactly the share --mask-crops has one; the i-th of them, in a random order, at
-    a ratio from the i-th of equal parts of --mask-ratio (released code). Those of the whole batch
-    are made: with any number of processes an image has the same masks.
+    a ratio from the i-th of equal parts of --mask-ratio (released code). Numbers are drawn for the
+    whole batch: with any number of processes an image has the same masks.
     """
     N = args.batch_size
     low, high = args.mask_ratio
@@ -272,11 +279,14 @@ def stratified_masks(step, side, args, run):
     ratios = F.pad(ratios, (0, 2 * N - masked))[torch.randperm(2 * N, generator=generator)]
 
     ratios = ratios.view(2, N)
+    n = N // run.world
+    first = n * run.rank
+    own = slice(None), slice(first, first + n)
     if args.random_masks:
-        masks = random_mask(side, side, ratios, generator)
+        masks = random_mask(side, side, ratios, generator, own)
     else:
-        masks = block_mask(side, side, ratios, generator, least=4)
-    masks = masks.chunk(run.world, 1)[run.rank].flatten(0, 1)
+        masks = block_mask(side, side, ratios, generator, least=4, own=own)
+    masks = masks.flatten(0, 1)
     hidden = masks.flatten().nonzero().squeeze(1)
     counts = masks.sum((1, 2))
     weights = (1 / counts / len(masks)).repeat_interleave(counts)

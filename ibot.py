@@ -166,25 +166,28 @@ def augment(views, args):
     return augmented
 
 
-def block_mask(height, width, ratio, generator, least=None):
+def block_mask(height, width, ratio, generator, least=None, own=...):
     """Hide rectangles, at most this share of the patches -> (height, width) bool.
 
     Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
     aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
-    aspect is uniform). ratio: a number, or (...) of them -> (..., height, width). least: a third of
-    the shorter side, squared. Test: test_block_mask.
+    aspect is uniform). least: a third of the shorter side, squared. ratio: also (...) of them, for
+    as many masks, of which those at `own` are made. Test: test_block_mask.
     """
-    least = least or (min(height, width) // 3) ** 2
+    third = min(height, width) // 3
+    least = least or third**2
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
-    left = ratio[..., None, None] * height * width  # patches that may still be hidden
+    made = ratio[own]
+    left = made.reshape(-1, 1, 1) * height * width  # patches that may still be hidden
     failed = torch.zeros_like(left)  # attempts in a row
-    mask = torch.zeros(*ratio.shape, height, width, dtype=torch.bool)
+    mask = torch.zeros(len(left), height, width, dtype=torch.bool)
     rows = torch.arange(height).unsqueeze(1)
     columns = torch.arange(width)
-    while (going := (left >= 1) & (failed < 10)).any():
-        numbers = torch.rand(4, *left.shape, generator=generator)
-        a, b, c, d = numbers.double()
-        area = least + (left - least) * a
+    while len(i := torch.where((left >= 1) & (failed < 10))[0]):  # masks that are not done
+        numbers = torch.rand(*ratio.shape, 4, generator=generator)
+        numbers = numbers[own].double().reshape(-1, 4, 1, 1)
+        a, b, c, d = numbers[i].unbind(1)  # (n, 1, 1) each
+        area = least + (left[i] - least) * a
         aspect = 0.3 ** (1 - 2 * b)  # from 0.3 to 1 / 0.3
         h = (area * aspect).sqrt().round()
         w = (area / aspect).sqrt().round()
@@ -193,43 +196,49 @@ def block_mask(height, width, ratio, generator, least=None):
         in_rows = (rows >= y) & (rows < y + h)
         in_columns = (columns >= x) & (columns < x + w)
         block = in_rows & in_columns
-        new = (block & ~mask).sum((-2, -1), keepdim=True)
-        smaller = (h < height) & (w < width)
-        fits = going & smaller
+        new = block & ~mask[i]
+        new = new.sum((1, 2), keepdim=True)
+        fits = h < height
+        fits &= w < width
         fits &= new > 0
-        fits &= new <= left
-        mask |= block & fits
-        left -= fits * new
-        failed = (failed + 1) * ~fits
-    return mask
+        fits &= new <= left[i]
+        mask[i] |= block & fits
+        left[i] -= fits * new
+        failed[i] += 1
+        failed[i] *= ~fits
+    return mask.view(*made.shape, height, width)
 
 
-def random_mask(height, width, ratio, generator):
+def random_mask(height, width, ratio, generator, own=...):
     """The same share of the patches one by one ("rand" in the released code)."""
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     patches = height * width
-    order = torch.rand(*ratio.shape, patches, generator=generator).argsort()
-    hidden = (patches * ratio).floor().unsqueeze(-1)
-    return (order < hidden).unflatten(-1, (height, width))
+    numbers = torch.rand(*ratio.shape, patches, generator=generator)
+    order = numbers[own].argsort()
+    hidden = (patches * ratio[own]).floor()
+    mask = order < hidden.unsqueeze(-1)
+    return mask.unflatten(-1, (height, width))
 
 
 def draw_masks(step, args, run):
     """Masks for the global views of the n images of this process, of the first view of each, then
     of the second: (2n, S / P, S / P) bool on the CPU. Test: test_draw_masks.
 
-    A view has one with probability --mask-crops, at a ratio from --mask-ratio. Those of the whole
-    batch are made: with any number of processes an image has the same masks.
+    A view has one with probability --mask-crops, at a ratio from --mask-ratio. Numbers are drawn
+    for the whole batch: with any number of processes an image has the same masks.
     """
     generator = torch.Generator().manual_seed(args.seed * 2**20 + step)
     chance, ratio = torch.rand(2, 2, args.batch_size, generator=generator)
     low, high = args.mask_ratio
     ratio = low + (high - low) * ratio
     ratio[chance >= args.mask_crops] = 0.0
+    n = args.batch_size // run.world
+    first = n * run.rank
+    own = slice(None), slice(first, first + n)
     make = random_mask if args.random_masks else block_mask
     side = args.image_size // args.patch_size
-    masks = make(side, side, ratio, generator)  # (2, N, side, side)
-    masks = masks.chunk(run.world, 1)[run.rank]  # (2, n, side, side)
-    return masks.flatten(0, 1)
+    masks = make(side, side, ratio, generator, own=own)
+    return masks.flatten(0, 1)  # (2, n, side, side)
 
 
 # ==================================================================================================

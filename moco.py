@@ -187,13 +187,15 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @torch.compiler.disable  # it would take minutes to compile all parts of all layers
     def one_by_one(self, x, mean, var):
-        """A call for each part: on a CPU that is quicker than the copies of `folded`."""
+        """Each part, a run of N / parts images, less its own mean and over its own deviation, times
+        weight, plus bias. x: (N, C, H, W) -> the same; mean, var: (parts, C), each of which
+        follows its part's by momentum. A call for each: quicker on a CPU than `folded`."""
         return torch.cat([
             F.batch_norm(*part, self.weight, self.bias, True, self.momentum, self.eps)
             for part in zip(x.chunk(self.splits), mean, var)])
 
     def folded(self, x, mean, var):
-        """One call, the parts as further channels: on a GPU that is quicker, once compiled."""
+        """The same in one call, parts as further channels: quicker on a GPU, once compiled."""
         x = x.unflatten(0, (self.splits, -1)).permute(1, 3, 4, 0, 2)  # (n, H, W, parts, C)
         x = x.flatten(3).permute(0, 3, 1, 2)  # (n, parts C, H, W)
         weight = self.weight.repeat(self.splits)

@@ -11,7 +11,7 @@ import tokenize
 import pytest
 from tools import METHODS, ROOT
 
-CAPS = {"simclr": 230, "byol": 250, "moco": 302, "dino": 440, "ibot": 513, "dinov2": 596,
+CAPS = {"simclr": 230, "byol": 250, "moco": 302, "dino": 440, "ibot": 522, "dinov2": 606,
         "pretext": 549, "weak": 485, "common": 1032}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 README = (ROOT / "README.md").read_text()

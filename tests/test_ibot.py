@@ -235,7 +235,7 @@ def test_draw_masks():
         assert not (first == second).all(1)[both].any()
     for other in (masks_of(step=1), masks_of("--seed", "1"), single):
         assert not torch.equal(plain, other)
-    for world in (1, 2, 4):  # each process makes its images' masks only, and they are the same
+    for world in (1, 2, 4):  # each process makes its images' masks, and they are the same
         parts = [masks_of(rank=r, world=world).chunk(2) for r in range(world)]
         assert torch.equal(plain, torch.cat([p[i] for i in range(2) for p in parts]))
     assert not masks_of("--mask-crops", "0").any()

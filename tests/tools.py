@@ -136,7 +136,7 @@ def blocks_agree(make, mistake=None, least=None):
         ratios = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0] * 6, dtype=torch.float64)
         masks = make(H, W, ratios, torch.Generator().manual_seed(H))
         generator = torch.Generator().manual_seed(H)
-        rounds = [torch.rand(4, 42, generator=generator).T.tolist() for _ in range(200)]
+        rounds = [torch.rand(42, 4, generator=generator).tolist() for _ in range(200)]
         area = (min(H, W) // 3) ** 2 if least is None else least
         for i, (mask, ratio) in enumerate(zip(masks, ratios.tolist())):
             draws = (numbers[i] for numbers in rounds)
