@@ -66,8 +66,8 @@ Where this file departs from the paper and the released code:
     LayerScale from 1, and a small ViT that begins with convolutions (Xiao et al. 2021). They see
     7 pixels to the left of a patch and above it, so a hidden patch shows in three neighbours.
 
-    python dinov2.py    mean of three seeds: 82.8 % linear, 65.7 % k-NN; the
-                        untrained network has 32.0 and 21.6 %, raw pixels have 27.1 and 38.2 %
+    python dinov2.py    83 s on 2 CPU cores; mean of three seeds: 83.2 % linear, 67.9 % k-NN; the
+                        untrained network has 32.0 and 21.5 %, raw pixels have 27.0 and 38.2 %
 """
 
 import functools

@@ -59,8 +59,8 @@ Where this file departs from the papers:
   - view: the fixed network ends in a linear layer and batch norm (paper: BYOL's projector), and the
     predictor stands on h itself.
 
-    python pretext.py   mean of three seeds: 93.7 % linear, 89.6 % k-NN; the
-                        untrained network has 30.4 and 29.7 %, raw pixels have 27.1 and 38.2 %
+    python pretext.py   36 s on 2 CPU cores; mean of three seeds: 93.9 % linear, 88.8 % k-NN; the
+                        untrained network has 30.5 and 29.7 %, raw pixels have 27.0 and 38.2 %
 """
 
 import copy
