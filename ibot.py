@@ -171,8 +171,9 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
 
     Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
     aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
-    aspect is uniform). least: a third of the shorter side, squared. ratio: also (...) of them, for
-    as many masks, of which those at `own` are made. Test: test_block_mask.
+    aspect is uniform). least: a third of the shorter side, squared. ratio: a number, or a tensor
+    (...) with one for each mask -> (..., height, width); own: index of those that are made.
+    Test: test_block_mask.
     """
     third = min(height, width) // 3
     least = least or third**2

@@ -187,9 +187,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @torch.compiler.disable  # it would take minutes to compile all parts of all layers
     def one_by_one(self, x, mean, var):
-        """Each part, a run of N / parts images, less its own mean and over its own deviation, times
-        weight, plus bias. x: (N, C, H, W) -> the same; mean, var: (parts, C), each of which
-        follows its part's by momentum. A call for each: quicker on a CPU than `folded`."""
+        """Normalise each part, N / parts images in a row, by its own mean and variance, then scale
+        and shift by weight and bias. x: (N, C, H, W) -> the same; mean, var: (parts, C) running
+        statistics, one row for each part, updated in place. On a CPU quicker than `folded`.
+        """
         return torch.cat([
             F.batch_norm(*part, self.weight, self.bias, True, self.momentum, self.eps)
             for part in zip(x.chunk(self.splits), mean, var)])
