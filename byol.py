@@ -23,8 +23,8 @@ Where this file departs from the paper and the released code:
   - The loss is the mean of both directions (paper: their sum), so that chance is 2 as for one
     direction. With LARS the factor hardly matters, except for biases and batch norm.
   - The target starts as a copy, as on the slides (released code: another random draw).
-  - m is smaller in short runs (m_start); on a CPU it is 0.9 and q learns ten times as fast as the
-    rest (Appendix I: where q learns faster even m = 0 works).
+  - m is smaller in short runs (m_start); in recipes for a CPU it is 0.9 and q learns ten times as
+    fast as the rest (Appendix I: where q learns faster even m = 0 works).
   - Brightness is multiplied, contrast is around the mean grey, saturation is a blend with grey
     (released code: a shift, around the mean of each channel, a factor in HSV). Crops are resized
     bilinearly, with antialiasing (bicubic), and blurred with reflected edges (zeros).
@@ -38,7 +38,7 @@ Where this file departs from the paper and the released code:
   - The linear probe is a regression on features of central crops (paper: SGD on random crops).
   - The built-in set has a recipe of its own, sized for a CPU.
 
-    python byol.py      70 s on 2 CPU cores; mean of three seeds: 93.2 % linear, 76.7 % k-NN; the
+    python byol.py      71 s on 2 CPU cores; mean of three seeds: 93.2 % linear, 76.7 % k-NN; the
                         untrained network has 38.2 and 31.3 %, raw pixels have 27.0 and 38.2 %
 """
 

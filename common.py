@@ -142,7 +142,7 @@ def options(method, doc, table, argv=None):
     o("--device", help="cuda, mps or cpu (the first there is)")
     o("--amp", **one_of(["auto", "bf16", "fp16", "off"]), default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile networks and augmentation")
-    o("--out", help=f"output folder (runs/{method}-<dataset>-s<seed>)")
+    o("--out", help=f"output folder (next free runs/{method}-<dataset>-s<seed>)")
     o("--resume", action="store_true", help="go on with the interrupted run in --out")
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or released weights")
     o("--eval", metavar="FILE", help="evaluate such a file, train nothing")
@@ -150,12 +150,12 @@ def options(method, doc, table, argv=None):
     o("--dataset", default=BUILT_IN, help=f"a name or a folder ({BUILT_IN}, {', '.join(SETS)})")
     o("--data-dir", default="data", help="where downloaded sets are kept (data)")
     o("--labelled", metavar="SET", help="for the probes, where --dataset has no labels")
-    o("--limit", **FROM_1, help="use only so many training images (all)")
-    o("--workers", **FROM_0, default=cores(), help="readers of files (a core each)")
-    o("--memory-limit", **number(float, 0), default=8, help="GB; more is streamed (8)")
+    o("--limit", **FROM_1, help="use only so many images of each split (all)")
+    o("--workers", **FROM_0, default=cores(), help="threads that read files (one per core)")
+    o("--memory-limit", **number(float, 0), default=8, help="GB; a larger folder is streamed (8)")
     o = p.add_argument_group(
-        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: CPU, if in the "
-        "file) | larger images").add_argument
+        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: the first and "
+        "CPU in the file) | larger images").add_argument
     for name, (*defaults, allowed, meaning) in table.items():
         if isinstance(allowed, str):
             allowed = one_of(allowed.split("|"))

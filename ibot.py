@@ -125,7 +125,7 @@ OPTIONS = {  # fmt: skip
     "clip":             (3.0,        3.0,        3.0,        POSITIVE,   "norm of a gradient"),
     "freeze_last_layer":(1,          1,          1,          FROM_0,     "epochs at the start"),
     "m":                (momentum,   momentum,   momentum,   SHARE,      "momentum, rises to 1"),
-    "branch":           ("teacher",  "teacher",  "teacher",  "teacher|student", "of --init"),
+    "branch":           ("teacher",  "teacher",  "teacher",  "teacher|student", "of a file"),
 }
 # Without a GPU images up to 64 pixels have the first column, except for:
 CPU = {"out_dim": 1024, "tau_t": 0.04, "tau_t_patch": 0.04, "local_size": local_side,

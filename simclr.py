@@ -29,9 +29,9 @@ Where this file departs from the paper and the released code:
     batch norm).
   - Warm-up is a share of the run and starts above 0 (released code: at 0).
   - The loss is the mean over the 2N anchors, as in the paper (released code: twice that).
-  - Small images are trained by SGD with temperature 0.2, without a GPU 0.1 (released command for
-    CIFAR-10: LARS, 0.5). Rate and weight decay are those of solo-learn's MoCo v2+ for CIFAR-10, 0.2
-    is that of its SimCLR, 0.1 was chosen on validation images.
+  - Small images are trained by SGD with temperature 0.2 (released command for CIFAR-10: LARS, 0.5).
+    Rate and weight decay are those of solo-learn's MoCo v2+ for CIFAR-10, 0.2 is that of its
+    SimCLR. The recipe for a CPU has 0.1, chosen on validation images.
   - The linear probe is a regression on features of central crops (paper: SGD on random crops).
 
     python simclr.py    28 s on 2 CPU cores; mean of three seeds: 99.0 % linear, 96.1 % k-NN; the
@@ -201,7 +201,7 @@ class LARS(torch.optim.SGD):
 
         r = eta |w| / |g + wd w|,   v <- mu v + r (g + wd w),   w <- w - lr v    of each tensor w
 
-    Where w or its gradient g is 0, r is 1. Biases and batch norm (one dimension): v <- mu v + g.
+    Where w or g + wd w is 0, r is 1. Biases and batch norm (one dimension): v <- mu v + g.
     """
 
     def __init__(self, params, lr, momentum, weight_decay, eta=0.001):

@@ -1,5 +1,6 @@
-"""Images per second of training, beside lightly on the same machine: the same backbone, batch,
-optimiser and files, in turns in one process.
+"""Images per second of training, beside lightly on the same machine.
+
+The same backbone, batch, optimiser and files, in turns in one process.
 
     pip install lightly
     python benchmarks/peers.py simclr --dataset FOLDER
