@@ -32,6 +32,7 @@ STEP = "algorithm or what_runs or processes or second_process or thaws or paths"
 
 ALIKE = "the two views are drawn alike, and the loss is symmetric"
 ONE_TYPE = "all parameters have one dtype and device"
+INDEX = "which ones are taken has no gradient; less is kept for it"
 BROADCAST = "(K,) is broadcast as (1, K) is"
 NEAREST = "nearest = (x @ x.T).detach().fill_diagonal_(-2.0).argmax(1)"
 EQUIVALENT = {  # (code, change) -> why nothing can tell it
@@ -61,6 +62,17 @@ EQUIVALENT = {  # (code, change) -> why nothing can tell it
     ("return s.logsumexp(1) - torch.linalg.vecdot(q.detach(), s, dim=1)",
      "torch.linalg.vecdot(q.detach(), s, dim=1) -> torch.linalg.vecdot(s, q.detach(), dim=1)"):
         "a dot product is symmetric",
+    ("n = max(1, math.ceil(keep * len(losses) - 1e-6))",
+     "max(1, math.ceil(keep * len(losses) - 1e-06)) -> "
+     "max(math.ceil(keep * len(losses) - 1e-06), 1)"): "max is symmetric",
+    ("n = max(1, math.ceil(keep * len(losses) - 1e-6))", "1e-06 -> (2e-06)"):
+        "both are over the error of rounding",
+    ("kept_by_f = small_loss(losses_f.detach(), keep)",
+     "losses_f.detach() -> (losses_f)"): INDEX,
+    ("kept_by_g = small_loss(losses_g.detach(), keep)",
+     "losses_g.detach() -> (losses_g)"): INDEX,
+    ("certainty, y = weak_logits.detach().softmax(1).max(1)",
+     "weak_logits.detach() -> (weak_logits)"): INDEX,
 }
 
 

@@ -454,7 +454,9 @@ def test_coteaching_is_algorithm_1():
     def ours():
         weights = [w.clone().requires_grad_() for w in (f, g)]
         losses = [F.cross_entropy(x @ w, y, reduction="none") for w in weights]
-        sum(weak.coteaching_losses(*losses, keep)).backward()
+        of_f, of_g = weak.coteaching_losses(*losses, keep)
+        assert torch.autograd.grad(of_f, weights[1], retain_graph=True, allow_unused=True) == (None,)
+        (of_f + of_g).backward()
         return [(w - lr * w.grad).detach() for w in weights]
 
     assert all(map(close, ours(), algorithm_1(x, y, f, g, keep, lr)))
@@ -517,6 +519,7 @@ def test_fixmatch_equation():
             assert moved.abs().max() > 1e-3
     assert close(weak.fixmatch_loss(b, b, 0.0), F.cross_entropy(b, b.argmax(1)))  # Lee 2013
     assert weak.fixmatch_loss(a, b, 1.01) == 0
+    assert weak.fixmatch_loss(torch.zeros(4, 2), draw(4, 2), 0.5) > 0  # certainty 0.5 is enough
 
 
 def few(flags="", n=40, classes=4):
@@ -740,6 +743,30 @@ def test_a_run(task, more, tmp_path, monkeypatch):
     names = [k for k in start if k.endswith("weight")]
     assert all(not torch.equal(start[k], saved[k]) for k in names)
     assert sum(k.endswith("backbone.0.weight") for k in names) == len(weak.NETWORKS[task])
+
+
+def test_terms_and_rate_of_a_step(tmp_path, monkeypatch):
+    """The log names each network's loss, and AdamW has the rate that stands there."""
+    drawn = []
+
+    def noisy(*given):
+        parts, inputs, losses = weak.noisy(*given)
+
+        def recorded(*outputs):
+            terms, figures = losses(*outputs)
+            drawn.append(torch.stack(terms).detach())
+            return terms, figures
+        return parts, inputs, recorded
+
+    monkeypatch.setitem(weak.TOLD, "noisy", noisy)
+    argv = [*SHORT, "--task", "noisy", "--out", tmp_path / "run"]
+    _, _, run = train(weak, argv)
+    _, *others = weak.NETWORKS["noisy"]
+    logged = torch.tensor([run.rows[0][name] for name in ("loss", *others)])
+    assert close(logged, torch.stack(drawn).mean(0), 1e-5)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["optimizer"]
+    peak = run.args.lr * run.args.batch_size / 256
+    assert saved["param_groups"][0]["lr"] == run.rows[0]["lr"] < peak / 2
 
 
 def test_networks_share_nothing(tmp_path):
