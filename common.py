@@ -84,7 +84,8 @@ def write(path, content):
             content(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
-        fail(f"{path} cannot be written: {error}".split("\n")[0])
+        why = error if isinstance(error, OSError) else "the disk may be full"
+        fail(f"{path} cannot be written: {why}")
     finally:
         with contextlib.suppress(OSError):
             part.unlink()  # there after an error or a second signal
@@ -174,6 +175,9 @@ def options(method, doc, table, argv=None):
             fail(f"--{name.replace('_', '-')} is given without a value")
     if args.init and args.eval:
         fail("--init starts a training and --eval does without one: give one of the two")
+    embed = Path(args.embed or "features.npz")
+    if embed.is_dir() or not embed.parent.is_dir():
+        fail(f"--embed {args.embed}: not a file in a folder that exists")
     return args
 
 
@@ -218,6 +222,10 @@ def recall(args):
             if k in network or (made.get("method") == args.method and k != "branch")}
 
 
+def at_most(batch_size, n):
+    return min(batch_size, n // 8 * 8 or max(n, 2))
+
+
 def load_data(args, table, run, cpu=()):
     """Find the set, take what is left open in args from the recipe for it, with --eval from the run
     that is evaluated, read the set. cpu: see choose_recipe.
@@ -231,12 +239,12 @@ def load_data(args, table, run, cpu=()):
     size = args.image_size or made.get("image_size") or math.inf
     side = data.side and min(data.side, size)
     name, values = choose_recipe(side, table, dict(cpu), run.device)
-    n = len(data.parts["train"][0])
+    n, free = len(data.parts["train"][0]), args.batch_size is None
     for k, value in (values | made).items():  # in order: a function may use the rows above its own
         if k in table and getattr(args, k) is None:
             value = value(args, n) if callable(value) else value
             if k == "batch_size":
-                value = min(value, n // 8 * 8 or max(n, 2))
+                value = at_most(value, n)
             setattr(args, k, [*value] if isinstance(value, tuple) else value)
     args.eval_every = math.ceil(args.epochs / 4) if args.eval_every is None else args.eval_every
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
@@ -248,6 +256,8 @@ def load_data(args, table, run, cpu=()):
         data.probed.read(*how)
         data.labelled or fail(f"--labelled {args.labelled} has no labels, either")
     args.images = n = len(data.train.labels)
+    if free and not made:
+        args.batch_size = at_most(args.batch_size, n)  # broken files are left out by now
     items, labels = data.parts["train"]  # no labels yet for the built-in set
     names = [os.path.basename(f) for f in items if isinstance(f, str)]
     args.checksum = zlib.crc32(repr((names, np.ravel(labels).tolist())).encode())
@@ -258,7 +268,6 @@ def load_data(args, table, run, cpu=()):
     if not len(data.val[1]):
         fail("too few training images: none can be held out where no class has two")
     data.per_epoch = max(n // args.batch_size, 1)
-    write(run.folder / "args.json", to_json(vars(args)))
     return data
 
 
@@ -332,7 +341,8 @@ class Run:
             stopped = [f for f in folders if (f / "last.pt").exists()
                        and not (f / "results.json").exists()]
             stopped.sort(key=lambda f: os.path.getmtime(f / "last.pt"))
-            claimed = stopped[-1:] or fail(f"--resume: no stopped run in {out}, name it by --out")
+            claimed = stopped[-1:] or fail(
+                f"--resume: no stopped run with a last.pt in {out}, name it by --out")
         elif main_process():
             claimed[0] = next(filter(claim, folders), None) or fail(f"too many runs in {out}-*")
         if self.world > 1:
@@ -420,6 +430,7 @@ class Run:
 
     def epochs(self, data):
         """The epochs that are left to do; none with --eval."""
+        write(self.folder / "args.json", to_json(vars(self.args)))
         self.per_epoch, self.steps = data.per_epoch, data.per_epoch * self.args.epochs
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -440,7 +451,7 @@ class Run:
         """(step, views) for what is left of an epoch; ends early after a signal."""
         self.first = self.step % self.per_epoch
         items = data.epoch(epoch, self.first, self.args.batch_size, crops, self, self.args.seed)
-        if tqdm and sys.stderr.isatty() and main_process():
+        if tqdm and sys.stderr and sys.stderr.isatty() and main_process():
             self.bar = tqdm(total=self.per_epoch, desc=f"epoch {epoch + 1}", leave=False)
         self.waiting, self.epoch_begun = 0.0, time.perf_counter()
         tick = self.epoch_begun
@@ -520,6 +531,8 @@ class Run:
         saved = read_checkpoint(self.folder / "last.pt")
         if not {"method", "args", "state", "progress"} <= saved.keys():
             fail(f"--resume: last.pt in {self.folder} is not that of a run")
+        if saved["method"] != self.args.method:
+            fail(f"--resume: the run in {self.folder} is of {saved['method']}")
         for name, value in self._shape().items():
             if saved["args"].get(name) != value:
                 fail(f"--resume: the run had {name} {saved['args'].get(name)}, not {value}")
@@ -558,7 +571,13 @@ class Run:
             raise SystemExit(128 + self.stopped)
 
     def report(self, results, test):
-        """Print an evaluation, with test beside the floors -> results."""
+        """Print an evaluation, with test beside the floors -> results.
+
+        With --eval and a random head those of z are left out.
+        """
+        if self.args.eval and self.args.random_head and ": h " not in results["verdict"]:
+            results = {k: v for k, v in results.items() if not k.startswith("head_")}
+            results["verdict"] = "the head is random: no verdict on z"
         tops = {k.removesuffix("_top1"): v for k, v in results.items() if k.endswith("_top1")}
         figures = "".join(f"{k.replace('_', ' ')} {v:.1f}, " for k, v in tops.items())
         print(f"{'test' if test else 'validation'}: {figures}{results['verdict']}")
@@ -567,7 +586,9 @@ class Run:
             for label, prefix in (("h, before the head", ""), ("z, after the head", "head_"),
                                   ("h of the untrained network", "untrained_"),
                                   ("raw pixels, at most 10,000 images", "pixels_")):
-                print(f"{label:36} {tops[prefix + 'linear']:8.1f} {tops[prefix + 'knn']:6.1f}")
+                if prefix + "linear" in tops:
+                    linear, nearest = tops[prefix + "linear"], tops[prefix + "knn"]
+                    print(f"{label:36} {linear:8.1f} {nearest:6.1f}")
         elif self.rows and not test:
             self.rows[-1] |= results
         return results
@@ -712,6 +733,7 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
         fail(f"{path} holds tensors that are sparse, quantised or without values")
     if not all(torch.isfinite(v).all() for v in net.state_dict().values()):
         fail(f"{path} holds weights that are not finite")
+    args.random_head = not whole
     return whole
 
 
@@ -777,7 +799,8 @@ def export(f, data, crops, run):
     the file, or a number), split and label (-1: unknown), each (n,); without broken files."""
     if not run.args.embed:
         return
-    splits = {k: data.train if k == "train" else data.load(k) for k in data.parts}
+    read = {"train": lambda: data.train, "val": lambda: data.val[0], "test": lambda: data.test[0]}
+    splits = {k: read[k]() for k in data.parts}
     features, columns = [], {"name": [], "split": [], "label": []}
     for split, images in splits.items():
         every = torch.arange(len(images.labels))
@@ -853,6 +876,8 @@ def effective_rank(x):
 
 def show_views(run, data, crops, augment):
     """views.png: eight training images, each followed by views as the network gets them."""
+    if run.args.resume:
+        return
     eight = torch.arange(min(8, len(data.train.labels)))
     columns = []
     for i, c in enumerate([[Crop(crops[0].size, 1.0)], crops, crops, crops]):
@@ -1267,7 +1292,7 @@ class Data:
     """
 
     def __init__(self, name, root="data", limit=None):
-        self.side, self.parts, self.numbers = None, {}, {}
+        self.side, self.parts, self.numbers, self.classes = None, {}, {}, [*THINGS]
         self.probed = self  # the set the probes are fitted, chosen and tested on
         if name == BUILT_IN:
             self.parts = {k: (range(min(n, limit or n)), None) for k, n in SIZES.items()}
@@ -1276,7 +1301,7 @@ class Data:
         elif os.path.isdir(name):
             self._find_in_folder(Path(name))
         else:
-            fail(f"--dataset {name!r} is neither a folder nor {', '.join([BUILT_IN, *SETS])}")
+            fail(f"{name!r} is neither a folder nor {', '.join([BUILT_IN, *SETS])}")
         for split, (items, labels) in self.parts.items() if limit and name != BUILT_IN else ():
             keep = shuffle(len(items))[:limit]  # from what is left after test images were held out
             self.parts[split] = [items[i] for i in keep], labels[keep]
@@ -1294,6 +1319,7 @@ class Data:
                  "where there is a network, or give --dataset a folder of images")
         if main_process() and dist.is_initialized():
             dist.barrier()
+        self.classes = [*map(str, getattr(sets["test"], "classes", []))]
         for split, items in sets.items():
             images, labels = zip(*items)
             self._add(split, [np.array(image) for image in images], torch.tensor(labels))
@@ -1309,6 +1335,7 @@ class Data:
             found = classes if root / f == top else by_class(root / f, classes)
             labels = [i for i, c in enumerate(classes) for _ in found.get(c, [])]
             self._add(splits[f], [f for c in found.values() for f in c], torch.tensor(labels))
+        self.classes = [*classes]
         files, others = find_images(top)
         if not files:
             fail(f"no images of a format that Pillow reads in {top}")
@@ -1384,7 +1411,7 @@ class Data:
             files, items = items, read_all(items, 3 * size, memory_gb, workers)
             if not items:
                 print(f"{split}: {len(files):,} images take over --memory-limit {memory_gb:g} GB: "
-                      f"streamed by {workers} threads")
+                      f"streamed by {max(workers, 1)} threads")
                 return Images(labels, files=[*files], shorter=3 * size, names=names)
             report_broken({f: x for f, x in zip(files, items) if isinstance(x, str)})
             good = [i for i, x in enumerate(items) if not isinstance(x, str)]

@@ -695,6 +695,8 @@ def check(args, data, run):
                     f"are processes, {run.world}, or a multiple of that")
     if args.task == "labeling" and args.votes == "rules" and args.dataset != common.BUILT_IN:
         common.fail("the rules know the built-in set alone: --task labeling needs --votes FILE")
+    if args.task == "labeling" and args.votes == "rules" and args.image_size != 32:
+        print("warning: the rules were written for images of 32 pixels, at others more are wrong")
     if args.task != "labeling" and args.classes <= max(args.positive, 1):
         common.fail(f"--task {args.task} makes weak labels of true ones: images of two classes at "
                     "least are needed, and --positive is one of them")
@@ -706,7 +708,9 @@ def train(args, run):
     steps = args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * args.batch_size / 256
     print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g}")
-    args.classes = common.recall(args).get("classes", 1 + int(data.train.labels.max()))
+    made = common.recall(args)
+    args.classes = made.get("classes", 1 + int(data.train.labels.max()))
+    args.names = data.classes
     check(args, data, run)
     if not args.eval:
         parts, inputs, losses = TOLD[args.task](args, data, run)
@@ -716,6 +720,9 @@ def train(args, run):
     # -- model
     net = build(args)
     args.classifies = common.load_weights(net, args, mean=MEAN)  # of --init or --eval
+    if made.get("names", args.names) != args.names:
+        print("the file was trained on other classes than these: no accuracies")
+        args.classifies = False
     for other in net.others.values() if args.init else ():  # all start alike
         other.backbone.load_state_dict(net.backbone.state_dict())
     net = run.place(net)  # on the device; with several GPUs batch norm is over all of them

@@ -99,7 +99,6 @@ def test_files_are_whole_or_as_they_were(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("where", ["file/below.txt", "file/below.pt", "none/a.pt", "n" * 300])
 def test_a_path_that_cannot_be_written(where, tmp_path, capsys):
-    # not yet so for the last: part.exists() in write raises OSError
     (tmp_path / "file").touch()
     content = (lambda part: torch.save(3, part)) if where.endswith("pt") else "text"
     assert where in fails(lambda: common.write(tmp_path / where, content), capsys)
@@ -599,7 +598,6 @@ def test_load_weights(content, more, expected, tmp_path, capsys):
     ({"method": "toy", "state": {"net": BACKBONE}}, "not in it head.weight, head.bias"),
     ({"method": "toy", "state": 3}, "a.pt"), ({0: torch.zeros(2)}, "another network")])
 def test_another_network_is_refused_in_a_short_sentence(content, words, tmp_path, capsys):
-    # not yet so for the last two: AttributeError and TypeError
     error = fails(lambda: common.load_weights(Toy(0), saved(tmp_path, content)), capsys)
     assert words in error and "a.pt" in error and len(error) < 500
 
@@ -1050,7 +1048,6 @@ def test_nothing_readable_is_an_error(tmp_path, capsys, memory_gb):
         (tmp_path / f"{i}.jpg").write_text("no image")
     data = common.Data(str(tmp_path))
     assert "can be read" in fails(lambda: data.read(16, CPU, memory_gb, 2), capsys)
-    # not yet so: a sentence for every image of the first batches, from the threads that read them
     images = common.Images(torch.zeros(2), files=["a.jpg", "b.jpg"], shorter=9)
     assert "can be read" in fails(lambda: served(images, CENTRE), capsys)
 
@@ -1190,7 +1187,6 @@ def test_what_is_no_data_is_left_out(tmp_path, capsys):
     (dict(train__a=1), "train")],
     ids=["empty", "empty class", "other classes", "empty test", "empty val", "one image"])
 def test_folders_that_lack_images_fail_at_once(tmp_path, capsys, counts, word):
-    # not yet so for the last three: IndexError in Data.load, for test at the end of the run
     def go():
         data = common.Data(tree(tmp_path, **counts))
         data.read(*READ)
@@ -1726,7 +1722,6 @@ def test_resume_is_refused(tmp_path, capsys):
         last.write_bytes(broken)
         assert "last.pt" in error()
     last.write_bytes(good)
-    # not yet so: load_data writes args.json before restore refuses
     assert strict_json((tmp_path / "run" / "args.json").read_text())["lr"] == 0.5
     tools.train(simclr, tiny("simclr", *argv, f"{images}/", "--resume", "--workers", "1"))  # same
 
