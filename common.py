@@ -356,6 +356,9 @@ class Run:
         self._restore_handlers()
         if kind and self.step == 0 and not self.args.resume and main_process():
             (self.folder / "args.json").unlink(missing_ok=True)  # the folder is free again
+        if kind is KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
 
     # -- networks and processes
 

@@ -18,6 +18,7 @@ from test_common import TRAIN, opened, saved, stopped_after, tiny, tree
 from tools import ROOT, TINY, fails, options, refused
 
 import common
+import moco
 import simclr
 
 # ==================================================================================================
@@ -127,6 +128,51 @@ def test_the_folder_of_a_dataset_with_a_relative_name(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError), opened("--dataset", name) as run:
             run.step = 1 / 0
         assert str(run.folder) == "runs/loop-x-s0"
+
+
+def test_a_broken_file_in_a_set_smaller_than_a_batch(tmp_path):
+    """The default batch is what is left, not what is listed."""
+    for i in range(48):
+        path = tmp_path / "images" / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (5 * i, 40, 90)).save(path)
+    path.write_bytes(b"")
+    argv = "--epochs 1 --eval-every 0 --image-size 16 --device cpu".split()
+    results = simclr.main([*argv, "--dataset", f"{tmp_path / 'images'}", "--out",
+                           f"{tmp_path / 'run'}"])
+    assert results["batch_size"] <= 47 - results["batch_size"] % 8
+
+
+def test_a_refused_resume_changes_nothing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    simclr.main([*TINY, "--epochs", "1", "--out", f"{folder}"])
+    (folder / "results.json").unlink()  # as if it had been stopped
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    for file, words in ((moco, "is of simclr"), (simclr, "the run had")):
+        argv = [*TINY, "--epochs", "1", "--seed", "3", "--out", folder, "--resume"]
+        assert words in refused(file, argv, capsys)
+    assert before == {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+def test_a_random_head_has_no_verdict(tmp_path):
+    simclr.main([*TINY, "--epochs", "1", "--out", f"{tmp_path / 'run'}"])
+    for file, verdict in (("backbone.pt", False), ("last.pt", True)):
+        results = simclr.main([*TINY, "--eval", f"{tmp_path / 'run' / file}", "--out",
+                               f"{tmp_path / file}"])
+        assert ("the head is random" not in results["verdict"]) == verdict
+        assert ("head_knn_top1" in results) == verdict and "knn_top1" in results
+
+
+@pytest.mark.parametrize("file", ["no/f.npz", "."])
+def test_features_that_cannot_be_written_are_refused_first(file, tmp_path, capsys):
+    argv = [*TINY, "--out", tmp_path / "run", "--embed", tmp_path / file]
+    assert "not a file in a folder" in refused(simclr, argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_standard_error_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert simclr.main([*TINY, "--epochs", "1", "--out", f"{tmp_path / 'run'}"])
 
 
 def test_resume_where_a_folder_in_between_is_free(tmp_path):
