@@ -143,6 +143,13 @@ def test_a_broken_file_in_a_set_smaller_than_a_batch(tmp_path):
     assert results["batch_size"] <= 47 - results["batch_size"] % 8
 
 
+def test_an_interrupt_before_the_first_step_is_one_word(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended, opened("--out", tmp_path / "run"):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
 def test_a_refused_resume_changes_nothing(tmp_path, capsys):
     folder = tmp_path / "run"
     simclr.main([*TINY, "--epochs", "1", "--out", f"{folder}"])
