@@ -155,8 +155,8 @@ def options(method, doc, table, argv=None):
     o("--workers", **FROM_0, default=cores(), help="threads that read files (one per core)")
     o("--memory-limit", **number(float, 0), default=8, help="GB; a larger folder is streamed (8)")
     o = p.add_argument_group(
-        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: the first and "
-        "CPU in the file) | larger images").add_argument
+        "method", "defaults: built-in set | images up to 64 pixels (without a GPU: the first, "
+        "with the changes of CPU in the file) | larger images").add_argument
     for name, (*defaults, allowed, meaning) in table.items():
         if isinstance(allowed, str):
             allowed = one_of(allowed.split("|"))
