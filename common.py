@@ -11,6 +11,7 @@ Images are float32 (N, 3, H, W) in [0, 1] on the device, and uint8 where they ar
 
 import argparse
 import atexit
+import codecs
 import contextlib
 import functools
 import json
@@ -288,6 +289,7 @@ class Run:
         self.args, self.begun = args, time.perf_counter()
         if hasattr(sys.stdout, "reconfigure"):  # a path may have what the terminal cannot print
             sys.stdout.reconfigure(errors="backslashreplace")
+        self.world = torchrun("WORLD_SIZE", "1")
         self._choose_device(args.device, args.amp)
         self._join()
         name = f"runs/{args.method}-{Path(os.path.abspath(args.dataset)).name}-s{args.seed}"
@@ -301,10 +303,13 @@ class Run:
 
     def _choose_device(self, name, amp):
         found = ["cuda"] if torch.cuda.is_available() else []
-        found += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+        if torch.backends.mps.is_available() and torch.__version__ >= (2, 8) and self.world == 1:
+            found.append("mps")  # older versions lack operations, and gloo is for CPUs
+        found.append("cpu")
         name = name or found[0]
         if name not in found:
-            fail(f"--device {name}: this machine has {', '.join(found)}")
+            fail(f"--device {name}: this machine has {', '.join(found)} (mps needs PyTorch 2.8 and "
+                 "a single process)")
         if name == "mps" and amp in ("bf16", "fp16"):
             fail("--amp has to be off on mps")
         self.device, self.name, auto = torch.device(name), name, None
@@ -318,7 +323,6 @@ class Run:
 
     def _join(self):
         """Meet the other processes of torchrun, if there are any."""
-        self.world = torchrun("WORLD_SIZE", "1")
         self.rank = torchrun("RANK", "0", self.world)
         if self.world > 1 and not dist.is_initialized():
             try:
@@ -425,7 +429,8 @@ class Run:
         norms = torch._foreach_norm([p.grad for p in params if p.grad is not None])
         failed = ~torch.isfinite(torch.stack(norms).sum() + loss.detach())
         optimizer.found_inf = self.mean(failed.float()).ceil()
-        optimizer.step()
+        if self.device.type != "mps" or not failed:  # where found_inf counts from PyTorch 2.13 on
+            optimizer.step()
         scaler.update()
         return optimizer.found_inf == 0
 
@@ -673,7 +678,8 @@ def read_checkpoint(path):
     old = functools.partial(scalar)  # the same function by its older name
     vars(old).update(__module__="numpy.core.multiarray", __name__="scalar", __qualname__="scalar")
     dtypes = {type(np.dtype(t)) for t in "fdilq"}
-    torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, scalar, old, *dtypes])
+    known = [argparse.Namespace, codecs.encode, np.dtype, scalar, old, *dtypes]
+    torch.serialization.add_safe_globals(known)
     if not os.path.isfile(path):  # nor a pipe
         fail(f"{path} does not exist, or is no file")
     try:
@@ -1494,6 +1500,12 @@ def reseed(*numbers):
         torch.manual_seed(state)  # of all devices; slow where there is none
 
 
+def to_device(x, device):
+    """x on the device. CUDA copies while the host goes on; MPS must not, as it would read memory
+    that may have been freed (PyTorch issue 189690)."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
     """Yield (views, index) for `order` (indices into images) cut into batches of `size`.
 
@@ -1507,8 +1519,8 @@ def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
         here = order.to(device).split(size)  # at once: copying to a GPU makes it wait
         items = ((images.pixels[i], images.sizes[i], j) for i, j in zip(here, chunks))
     for i, (x, sizes, index) in enumerate(items):
-        x = x.to(device, non_blocking=True).float().div_(255)
-        sizes = sizes.to(device, non_blocking=True)
+        x = to_device(x, device).float().div_(255)
+        sizes = to_device(sizes, device)
         reseed(*seed, first + i)
         yield [c.cut(x, sizes) for c in crops for _ in range(c.count)], index
 

@@ -292,7 +292,7 @@ def stratified_masks(step, side, args, run):
     counts = masks.sum((1, 2))
     weights = (1 / counts / len(masks)).repeat_interleave(counts)
     masks, hidden, weights = (
-        x.to(run.device, non_blocking=True) for x in (masks, hidden, weights))
+        common.to_device(x, run.device) for x in (masks, hidden, weights))
     if args.compile:  # M differs: else the second step would compile all again
         torch._dynamo.maybe_mark_dynamic(hidden, 0)
     return [masks, hidden, weights]

@@ -529,7 +529,7 @@ def train(args, run):
             tau_t_patch = tau_at(step, steps, args.tau_t_patch, args.tau_t_warmup)
             for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
                 group["lr"], group["weight_decay"] = lr, decay
-            masks = draw_masks(step, args, run).to(run.device, non_blocking=True)
+            masks = common.to_device(draw_masks(step, args, run), run.device)
             x = aug(views, args)  # 2 global views, then L local ones, (N, 3, S, S) each
             with run.autocast():
                 _, _, s, s_patch = student(*x, masks=masks, with_patches=True)  # ((2 + L) N, K)

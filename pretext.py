@@ -441,7 +441,7 @@ XYZ = [[0.433953, 0.376219, 0.189828], [0.212671, 0.71516, 0.072169],
 def rgb_to_lab(x):
     """(N, 3, H, W), sRGB in [0, 1] -> CIE L*a*b*, D65: L in [0, 100], a, b about [-110, 110]."""
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
-    xyz = torch.tensor(XYZ, dtype=x.dtype).to(x.device, non_blocking=True)
+    xyz = common.to_device(torch.tensor(XYZ, dtype=x.dtype), x.device)
     t = torch.einsum("cd,ndhw->nchw", xyz, linear)  # white is 1, 1, 1
     f = torch.where(t > 216 / 24389, t ** (1 / 3), t * 841 / 108 + 4 / 29)
     X, Y, Z = f.unbind(1)

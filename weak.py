@@ -322,14 +322,14 @@ def read_votes(path, n):
     """Votes (n, m) from a file: a row for each training image, in the order of the set, which is
     that of `name` in the file of --embed."""
     try:
-        votes = torch.from_numpy(np.loadtxt(path, np.int64, delimiter=",", ndmin=2))
+        votes = torch.from_numpy(np.loadtxt(path, delimiter=",", ndmin=2))
     except (OSError, ValueError) as error:
         common.fail(f"--votes {path} cannot be read: {error}")
     if len(votes) != n:
         common.fail(f"--votes {path} has {len(votes)} rows, and there are {n} training images")
-    if votes.min() < -1 or votes.max() > 999:
+    if not torch.isin(votes, torch.arange(-1, 1000)).all():
         common.fail(f"--votes {path}: votes are classes from 0 to 999, or -1 for none")
-    return votes
+    return votes.long()
 
 
 # Labelling: the label model -----------------------------------------------------------------------
@@ -771,7 +771,7 @@ def auc(s, y, mask):
     """In %, of all pairs of a true and a false y in one row, those that s has in order. Where mask
     is false there is nothing. s, y, mask: (rows, k)."""
     pairs = (y & mask).unsqueeze(2) & (~y & mask).unsqueeze(1)  # (rows, k, k)
-    return 100 * (s.unsqueeze(2) > s.unsqueeze(1))[pairs].double().mean().item()
+    return 100 * (s.unsqueeze(2) > s.unsqueeze(1))[pairs].cpu().double().mean().item()
 
 
 def scores(net, part, args, run):
@@ -795,7 +795,7 @@ def scores(net, part, args, run):
             results[f"{name}_image_auc"] = auc(s[has, 1:], found[has], mask[has])
         else:
             correct = each.head(h).argmax(1) == y
-            results[f"{name}_accuracy"] = 100 * correct.double().mean().item()
+            results[f"{name}_accuracy"] = 100 * correct.cpu().double().mean().item()
     return results
 
 

@@ -50,8 +50,6 @@ EQUIVALENT = {  # (code, change) -> why nothing can tell it
      "True -> (False)"): BROADCAST,
     ("random_keys = max(0.0, 1 - (step + 1) * N / K)",
      "max(0.0, 1 - (step + 1) * N / K) -> max(1 - (step + 1) * N / K, 0.0)"): "max is symmetric",
-    ("masks = draw_masks(step, args, run).to(run.device, non_blocking=True)",
-     "True -> (False)"): "only faster on a GPU",
     ("for C, outputs in ((center, t), (center_patch[0], t_patch.flatten(0, 1))):",
      "((center, t), (center_patch[0], t_patch.flatten(0, 1))) -> "
      "(((center_patch[0], t_patch.flatten(0, 1)), (center, t)))"): "neither centre needs the other",

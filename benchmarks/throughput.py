@@ -262,7 +262,7 @@ def options(argv=None):
 def main(argv=None):
     own, args, method = options(argv)
     if args.compile or own.variants:  # with the limit of 8 the last variants would run eager
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.cache_size_limit = 64
     with tempfile.TemporaryDirectory() as folder:
         args.out = f"{folder}/run"
         with Timed(args, own) as run:

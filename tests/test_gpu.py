@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import common
 
+pytestmark = pytest.mark.skipif(  # 2.6 asks for a driver, 2.11 does not
+    torch.__version__ < (2, 11), reason="fake CUDA tensors need a newer PyTorch")
 N = 32  # images and batch; the first half of them also for the probes
 
 
@@ -27,6 +29,7 @@ class Waits(TorchDispatchMode):
     """Raises where the host would wait for the GPU, while `forbidden`."""
 
     forbidden = False
+    scaled = False  # by a GradScaler, which computes in float64
 
     def read(self, value):
         """A stand-in for a method of tensors that returns a value."""
@@ -37,6 +40,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        doubles = [t for t in tree_leaves(out) if torch.is_tensor(t) and t.dtype == torch.float64]
+        assert self.scaled or not any(t.is_cuda for t in doubles), f"{func}: MPS has no float64"
         if self.forbidden and torch.is_tensor(out) and out.is_cuda:
             host = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t) and t.ndim
                     and not t.is_cuda]
@@ -120,7 +125,7 @@ def outside(f):
         with unset_fake_temporarily():
             made = f(*rest, host)
         if isinstance(made, list):
-            made = [t.to(run.device, non_blocking=True) for t in made]
+            made = [common.to_device(t, run.device) for t in made]
         return made
     return real
 
@@ -137,6 +142,7 @@ def on_a_gpu(name, flags, dtype, folder, **replaced):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
         run = stack.enter_context(common.Run(options(file, argv.split())))
         run.device, run.dtype, run.every = torch.device("cuda", 0), dtype, 10
+        waits.scaled = dtype == torch.float16
         for patch in (
             mock.patch.multiple(common, Data=Data, show_views=nothing, write=nothing),
             mock.patch.object(Data, "waits", waits),
@@ -179,6 +185,7 @@ def test_run(name, flags, half, tmp_path):
     (lambda s: s[s > 0], "nonzero"),
     (lambda s: s * s.new_tensor([2.0]), "waits for the GPU to copy"),
     (lambda s: s + torch.ones(s.shape[1]), "the same device|two different devices"),
+    (lambda s: s.double(), "MPS has no float64"),
 ])
 def test_mistakes_show(mistake, error, tmp_path):
     """Each of them in NT-Xent's place."""

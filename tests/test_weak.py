@@ -269,10 +269,10 @@ def test_read_votes(tmp_path, capsys):
     path.write_text("0,-1\n2,1\n-1,-1\n")
     assert weak.read_votes(path, 3).tolist() == [[0, -1], [2, 1], [-1, -1]]
     assert "3 rows" in fails(lambda: weak.read_votes(path, 4), capsys)
-    for text in ("0,x\n", "0,1\n2\n", "0.5\n"):
+    for text in ("0,x\n", "0,1\n2\n"):
         path.write_text(text)
         assert "cannot be read" in fails(lambda: weak.read_votes(path, 1), capsys), text
-    for text in ("0,-2\n", "0,1000\n"):
+    for text in ("0,-2\n", "0,1000\n", "0.5\n", "nan\n"):
         path.write_text(text)
         assert "from 0 to 999" in fails(lambda: weak.read_votes(path, 1), capsys), text
     assert "cannot be read" in fails(lambda: weak.read_votes(tmp_path / "none.csv", 1), capsys)

@@ -148,7 +148,7 @@ def test_what_it_shows(tmp_path):
     argv = ["--text", tmp_path / "text.txt", "--words", "fox", "red", "--dim", 4, "--epochs", 1,
             "--seeds", 1, "--out", tmp_path]
     (s, x, other, found, rows), _ = quiet(word2vec, argv)
-    assert (s - x).square().mean().sqrt() < 0.1 < 0.2 < (s - other).square().mean().sqrt()
+    assert (s - x).square().mean().sqrt() < 0.15 < 0.2 < (s - other).square().mean().sqrt()
     assert found[0]["SGNS"] > max(95, found[0]["PPMI-SVD"], found[0]["counts"])
     with open(tmp_path / "word2vec.csv") as file:
         assert list(csv.DictReader(file)) == rows
