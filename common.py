@@ -303,13 +303,13 @@ class Run:
 
     def _choose_device(self, name, amp):
         found = ["cuda"] if torch.cuda.is_available() else []
-        if torch.backends.mps.is_available() and torch.__version__ >= (2, 8) and self.world == 1:
-            found.append("mps")  # older versions lack operations, and gloo is for CPUs
+        if torch.backends.mps.is_available() and torch.__version__ >= (2, 13) and self.world == 1:
+            found.append("mps")  # before, some operations are missing or wrong; gloo is for CPUs
         found.append("cpu")
         name = name or found[0]
         if name not in found:
-            fail(f"--device {name}: this machine has {', '.join(found)} (mps needs PyTorch 2.8 and "
-                 "a single process)")
+            fail(f"--device {name}: this machine has {', '.join(found)} (mps needs PyTorch 2.13 "
+                 "and a single process)")
         if name == "mps" and amp in ("bf16", "fp16"):
             fail("--amp has to be off on mps")
         self.device, self.name, auto = torch.device(name), name, None
@@ -429,8 +429,7 @@ class Run:
         norms = torch._foreach_norm([p.grad for p in params if p.grad is not None])
         failed = ~torch.isfinite(torch.stack(norms).sum() + loss.detach())
         optimizer.found_inf = self.mean(failed.float()).ceil()
-        if self.device.type != "mps" or not failed:  # where found_inf counts from PyTorch 2.13 on
-            optimizer.step()
+        optimizer.step()
         scaler.update()
         return optimizer.found_inf == 0
 
@@ -1010,19 +1009,20 @@ def color_jitter(x, brightness, contrast, saturation, hue, p):
     first, second, third or last.
     """
     n, device, jittered = len(x), x.device, coin(x, p)
-    draws = uniform(-1, 1, (3, n, 1, 1, 1), device)
+    draws = uniform(-1, 1, (3, n), device)
     strengths = (brightness, contrast, saturation)
     factor = torch.stack([1 + draw * most for draw, most in zip(draws, strengths)]).clamp(min=0)
     shift = torch.where(jittered, uniform(-hue, hue, (n, 1, 1, 1), device), 0.0)
-    order = torch.rand(3, n, 1, 1, 1, device=device).argsort(0)
-    factor = torch.where(jittered, factor, 1.0).gather(0, order)
+    order = torch.rand(3, n, device=device).argsort(0)
+    factor = torch.where(jittered.flatten(), factor, 1.0).gather(0, order)
     shuffle = torch.rand(n, device=device).argsort()  # PyTorch 2.11 can't compile x[randperm(n)]
     x = x[shuffle]
     for turn in range(4):
         quarter = slice(n * turn // 4, n * (turn + 1) // 4)
         x[quarter] = turn_hue(x[quarter], shift[quarter])
         if turn < 3:
-            which, f, g = order[turn], factor[turn], to_grey(x)
+            which, f = (t[turn].view(-1, 1, 1, 1) for t in (order, factor))
+            g = to_grey(x)
             black_or_mean = torch.where(which == 0, 0.0, g.mean((2, 3), keepdim=True))
             x = torch.lerp(torch.where(which == 2, g, black_or_mean), x, f).clamp(0, 1)
     return torch.empty_like(x).index_copy_(0, shuffle, x)
@@ -1503,7 +1503,7 @@ def reseed(*numbers):
 def to_device(x, device):
     """x on the device. CUDA copies while the host goes on; MPS must not, as it would read memory
     that may have been freed (PyTorch issue 189690)."""
-    return x.to(device, non_blocking=device.type == "cuda")
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):

@@ -3,7 +3,7 @@
 PyTorch's fake tensors have a device, a type and a shape, and no values: tensors of two devices do
 not mix, as on CUDA. What a GPU computes and how fast is not tested. Two things wait for a GPU and
 must not happen in a step, or it runs out of work: to read a value (also: a size that depends on
-values), and to copy from the host without non_blocking.
+values), and to copy from the host without non_blocking. Two things a Mac's GPU (MPS) cannot do.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ class Waits(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         doubles = [t for t in tree_leaves(out) if torch.is_tensor(t) and t.dtype == torch.float64]
         assert self.scaled or not any(t.is_cuda for t in doubles), f"{func}: MPS has no float64"
+        assert "sort" not in str(func) or args[0].ndim < 5, "MPS sorts up to four dimensions"
         if self.forbidden and torch.is_tensor(out) and out.is_cuda:
             host = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t) and t.ndim
                     and not t.is_cuda]
@@ -186,6 +187,7 @@ def test_run(name, flags, half, tmp_path):
     (lambda s: s * s.new_tensor([2.0]), "waits for the GPU to copy"),
     (lambda s: s + torch.ones(s.shape[1]), "the same device|two different devices"),
     (lambda s: s.double(), "MPS has no float64"),
+    (lambda s: s.view(1, 1, 1, *s.shape).sort(0)[0], "MPS sorts up to four"),
 ])
 def test_mistakes_show(mistake, error, tmp_path):
     """Each of them in NT-Xent's place."""
