@@ -141,7 +141,7 @@ def options(method, doc, table, argv=None):
     p.set_defaults(method=method)
     o = p.add_argument_group("run").add_argument
     o("--seed", **number(int, 0, 2**31), default=0, help="of weights, order and draws (0)")
-    o("--device", help="cuda, mps or cpu (the first there is)")
+    o("--device", help="cuda, mps (PyTorch 2.13) or cpu (the first there is)")
     o("--amp", **one_of(["auto", "bf16", "fp16", "off"]), default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile networks and augmentation")
     o("--out", help=f"output folder (next free runs/{method}-<dataset>-s<seed>)")
