@@ -113,7 +113,7 @@ def write_csv(path, rows, keys):
 
 def show(rows, keys):
     """Print these columns. All figures that `train` finds are of validation images."""
-    widths = {k: max(20, len(k) + 2) for k in keys[1:]}
+    widths = {k: max(22, len(k) + 2) for k in keys[1:]}
     print("\nvalidation images".ljust(25) + "".join(f"{k:>{n}}" for k, n in widths.items()))
     for row in rows:
         print(f"{row[keys[0]]:<24}" + "".join(f"{cell(row, k):>{n}}" for k, n in widths.items()))
