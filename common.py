@@ -1502,7 +1502,7 @@ def reseed(*numbers):
 
 def to_device(x, device):
     """x on the device. CUDA copies while the host goes on; MPS must not, as it would read memory
-    that may have been freed (PyTorch issue 189690)."""
+    that may have been freed (github.com/pytorch/pytorch/issues/189690)."""
     return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
