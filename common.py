@@ -290,7 +290,13 @@ class Run:
         if hasattr(sys.stdout, "reconfigure"):  # a path may have what the terminal cannot print
             sys.stdout.reconfigure(errors="backslashreplace")
         self.world = torchrun("WORLD_SIZE", "1")
-        self._choose_device(args.device, args.amp)
+        try:
+            self._choose_device(args.device, args.amp)
+            negate = torch.compile(torch.neg) if args.compile else torch.neg
+            negate(torch.zeros(2, device=self.device))
+        except RuntimeError as error:  # a GPU that is busy or too old, no C++ compiler or Triton
+            why = str(error).split("raised:\n")[-1].split("\n")[0]
+            fail(f"{self.name}{' with --compile' if args.compile else ''} does not work: {why}")
         self._join()
         name = f"runs/{args.method}-{Path(os.path.abspath(args.dataset)).name}-s{args.seed}"
         self.folder = self._claim(args.out or name + ("-eval" if args.eval else ""))
@@ -356,13 +362,16 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
         self._restore_handlers()
         if kind and self.step == 0 and not self.args.resume and main_process():
             (self.folder / "args.json").unlink(missing_ok=True)  # the folder is free again
         if kind is KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        if re.search("MemoryError|out of memory|allocate memory", repr(error)):
+            fail(f"the memory of {self.name} is not enough: lower --batch-size, now "
+                 f"{self.args.batch_size}, --image-size or --memory-limit")
 
     # -- networks and processes
 
@@ -1326,7 +1335,7 @@ class Data:
         except Exception as error:
             fail(f"{name} is not in {root}/ and cannot be downloaded ({error}): copy {root}/ from "
                  "where there is a network, or give --dataset a folder of images")
-        if main_process() and dist.is_initialized():
+        if main_process() and dist.is_available() and dist.is_initialized():
             dist.barrier()
         self.classes = [*map(str, getattr(sets["test"], "classes", []))]
         for split, items in sets.items():

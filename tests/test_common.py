@@ -292,6 +292,40 @@ def test_processes_and_devices(monkeypatch, tmp_path, capsys):
         assert words in fails(lambda: opened("--device", "mps", "--amp", "fp16"), capsys)
 
 
+def test_a_device_that_does_not_work(monkeypatch, tmp_path, capsys):
+    def no_compiler(f):
+        raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: none found\n\nSet T")
+
+    def too_old(x):
+        raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert opened("--out", tmp_path / "run").folder.exists()
+    error = fails(lambda: opened("--compile", "--out", tmp_path / "other"), capsys)
+    assert error == "error: cpu with --compile does not work: InvalidCxxCompiler: none found\n"
+    monkeypatch.setattr(torch, "neg", too_old)
+    error = fails(lambda: opened("--out", tmp_path / "other"), capsys)
+    assert error == "error: cpu does not work: CUDA error: no kernel image is available\n"
+    assert not (tmp_path / "other").exists()
+
+
+def test_out_of_memory(tmp_path, capsys):
+    def call(error=None):
+        with opened("--out", tmp_path / "run", "--batch-size", 64):
+            if error:
+                raise error
+            torch.empty(2**60)
+
+    cuda = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    mps = RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB")
+    for error in (None, MemoryError(), cuda, mps):
+        words = fails(lambda: call(error), capsys)  # noqa: B023
+        assert "the memory of cpu is not enough" in words and "--batch-size, now 64" in words
+        assert not (tmp_path / "run" / "args.json").exists()  # the folder is free again
+    with pytest.raises(RuntimeError, match="another"):
+        call(RuntimeError("another"))
+
+
 def test_copies_to_mps_are_waited_for():
     copies = SimpleNamespace(to=lambda device, non_blocking: non_blocking)
     for device, unwaited in (("cuda", True), ("cuda:0", True), ("mps", False), ("cpu", False)):
@@ -1341,6 +1375,8 @@ def test_sets_of_torchvision(monkeypatch, tmp_path, name, kind, shape):
     known = 10 if name == "stl10" else 30  # of three classes
     assert [len(p[1]) for p in (data.fit, data.val, data.test)] == [known - 3, 3, 4]
     assert data.train.labels[torch.cat([data.fit[1], data.val[1]])].min() >= 0
+    # PyTorch built without processes, as for some small machines
+    monkeypatch.setattr(common, "dist", SimpleNamespace(is_available=lambda: False))
     three = common.Data(name, tmp_path, limit=3)
     three.read(*READ)
     assert len(three.train.labels) == len(three.test[1]) == 3
