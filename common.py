@@ -80,7 +80,7 @@ def write(path, content):
     part = Path(f"{path}.part")
     try:
         if isinstance(content, str):
-            part.write_text(content)
+            part.write_text(content, "utf-8")
         else:
             content(part)
         os.replace(part, path)

@@ -71,7 +71,7 @@ def draw(whole, means, ends, K):
     shared.floor(axes[1], 0, "nothing left to learn")
     if "knn_top1" in ends[0]:
         shared.bars(axes[2], ends, "run", {"knn_top1": ""})
-        shared.floor(axes[2], sum(row[FLOOR] for row in ends) / len(ends))
+        shared.floor(axes[2], sum(row[FLOOR] for row in ends) / len(ends), side="left")
         axes[2].set(title="k-NN top-1 of h at the end, %")
 
 
