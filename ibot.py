@@ -571,43 +571,46 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
     refit on fit and val together with that penalty. NaN for features that are not finite.
     """
-    if not torch.isfinite(fit[0]).all():
-        return math.nan
-    top = -1
-    for penalty, (score, w) in zip(penalties, regression_path(*fit, *val, penalties)):
-        if score > top:
-            top, chosen, start = score, penalty, w
-        elif score < top - 2:  # weaker ones overfit still more
-            break
-    if test is None:
-        return top
     both = [torch.cat(pair) for pair in zip(fit, val)]
-    return next(regression_path(*both, *test, [chosen], start))[0]
+    if not both[0].isfinite().all():
+        return math.nan
+    scores = [*regression_path(*fit, *val, penalties)]
+    if test is None:
+        return max(scores)
+    best = penalties[scores.index(max(scores))]
+    return next(regression_path(*both, *test, [best]))
 
 
 @torch.enable_grad()
-def regression_path(x, y, x_test, y_test, penalties, start=None):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test and the weights (C, d) for each penalty,
-    strong to weak. x is standardised; a fit starts from the one before, the first from start."""
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    w = x.new_zeros(int(y.max()) + 1, x.shape[1], requires_grad=True)
-    b = w.new_zeros(len(w), requires_grad=True)
-    if start is not None:
-        w.data[: len(start)] = start  # it has no classes that are in val alone
-    for penalty in penalties:
-        lbfgs = torch.optim.LBFGS(
-            [w, b], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+def regression_path(x, y, x_test, y_test, penalties):
+    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, strong to weak.
 
-        def objective(penalty=penalty, lbfgs=lbfgs):
+    x is standardised; a fit starts from the one before. L-BFGS works on v, where w = v P: P makes
+    the loss about equally curved in all directions, which takes a third of the steps.
+    """
+    mean = x.mean(0)
+    std = x.std(0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    covariance = x.T @ x / len(x)
+    v = x.new_zeros(int(y.max()) + 1, len(covariance), requires_grad=True)
+    b = x.new_zeros(len(v), requires_grad=True)
+    for penalty in penalties:
+        hessian = covariance.clone()  # about ten times that of the loss
+        hessian.diagonal().add_(10 * penalty + 0.01)
+        P = torch.linalg.inv(torch.linalg.cholesky(hessian))
+        lbfgs = torch.optim.LBFGS(
+            [v, b], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+
+        def objective(penalty=penalty, lbfgs=lbfgs, P=P):
             lbfgs.zero_grad()
+            w = v @ P
             loss = F.cross_entropy(F.linear(x, w, b), y) + penalty / 2 * w.square().sum()
             loss.backward()
             return loss
 
         lbfgs.step(objective)
-        correct = F.linear(x_test, w, b).argmax(1) == y_test
-        yield 100 * correct.float().mean().item(), w.data.clone()
+        correct = F.linear(x_test, v @ P, b).argmax(1) == y_test
+        yield 100 * correct.float().mean().item()
 
 
 def accuracies(f, names, crop, splits, run):

@@ -92,8 +92,7 @@ def top1(net, part, run):
 
 def regress(net, fit, part, penalties, run):
     """Top-1 on part of logistic regression on frozen features, for each L2 penalty."""
-    path = simclr.regression_path(*outputs(net, fit, run), *outputs(net, part, run), penalties)
-    return [score for score, _ in path]
+    return [*simclr.regression_path(*outputs(net, fit, run), *outputs(net, part, run), penalties)]
 
 
 def choose(net, floor, data, run):

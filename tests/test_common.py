@@ -792,7 +792,7 @@ def test_regression_path():
     keep = (y != 0) | (torch.arange(240) % 4 == 0)  # uneven classes: the bias matters
     data = x[keep], y[keep], *blobs(6000, 0.5, seed=1)
     with torch.no_grad():  # as evaluation calls it
-        path = [score for score, _ in simclr.regression_path(*data, PENALTIES)]
+        path = [*simclr.regression_path(*data, PENALTIES)]
     assert path == pytest.approx([newton(*data, penalty) for penalty in PENALTIES], abs=0.1)
     for mistake in ("no bias", "bias decays", "penalty times 10", "no penalty", "not standardised"):
         assert abs(newton(*data, 0.1, mistake) - path[1]) > 2, mistake
@@ -801,7 +801,7 @@ def test_regression_path():
 def test_linear_probe():
     """The penalty is chosen on val, never on test; the test's classifier is of fit and val."""
     fit, val, test = blobs(12, 0.9), blobs(90, 0.9, seed=10), blobs(900, 0.9, seed=20)
-    on_val = [score for score, _ in simclr.regression_path(*fit, *val, PENALTIES)]
+    on_val = [*simclr.regression_path(*fit, *val, PENALTIES)]
     assert simclr.linear_probe(fit, val, penalties=PENALTIES) == max(on_val) == on_val[1]
     both = torch.cat([fit[0], val[0]]), torch.cat([fit[1], val[1]])
     got = simclr.linear_probe(fit, val, test, PENALTIES)
@@ -812,7 +812,9 @@ def test_linear_probe():
     rare = simclr.linear_probe((fit[0][without], fit[1][without]), val, test, PENALTIES)
     assert abs(rare - got) < 10  # a class that is in val alone
     assert simclr.linear_probe(blobs(90, 0.1), blobs(300, 0.1, seed=1)) == 100  # separable
-    assert math.isnan(simclr.linear_probe((fit[0] * math.inf, fit[1]), val, test))
+    no_fit, no_val = (fit[0] * math.inf, fit[1]), (val[0] * math.nan, val[1])
+    assert math.isnan(simclr.linear_probe(no_fit, val, test))
+    assert math.isnan(simclr.linear_probe(fit, no_val, test))
 
 
 # ==================================================================================================
@@ -1499,7 +1501,7 @@ def test_guards_of_toys():
     images, labels, parts, _, _ = common.toys(3000, 32, 0)
 
     def linear(x):
-        return next(simclr.regression_path(x[::2], labels[::2], x[1::2], labels[1::2], [1e-2]))[0]
+        return next(simclr.regression_path(x[::2], labels[::2], x[1::2], labels[1::2], [1e-2]))
 
     def knn(x):
         return common.knn((x[::2], labels[::2]), (x[1::2], labels[1::2]))
