@@ -316,8 +316,9 @@ def test_layouts_that_are_refused(counts, word, tmp_path, capsys):
     assert word in fails(lambda: found(tmp_path, capsys), capsys)
 
 
-def test_one_image_of_each_class_is_too_few(tmp_path, capsys):
-    tree(tmp_path, train__a=1, train__b=1, test__a=1)
+@pytest.mark.parametrize("b", [{}, {"train__b": 1}])
+def test_two_images_are_too_few(b, tmp_path, capsys):
+    tree(tmp_path, train__a=1 if b else 2, test__a=1, **b)
     argv = [*TINY, "--batch-size", "2", "--out", tmp_path / "run"]
     for more in (["--dataset", tmp_path], ["--limit", "2"]):
         assert "too few training images" in refused(simclr, [*argv, *more], capsys)
