@@ -266,7 +266,7 @@ def load_data(args, table, run, cpu=()):
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
         fail(f"--batch-size {args.batch_size} is over the number of training images, {n}, or no "
              f"multiple of that of processes, {run.world}")
-    if not len(data.val[1]) or len(data.probed.fit[1]) < 2:
+    if not len(data.val[1]) or (data.labelled and len(data.probed.fit[1]) < 2):
         fail("too few training images: of a class with two one is held out, and two have to stay")
     data.per_epoch = max(n // args.batch_size, 1)
     return data

@@ -805,7 +805,7 @@ def test_linear_probe():
     assert simclr.linear_probe(fit, val, penalties=PENALTIES) == max(on_val) == on_val[1]
     both = torch.cat([fit[0], val[0]]), torch.cat([fit[1], val[1]])
     got = simclr.linear_probe(fit, val, test, PENALTIES)
-    assert got == pytest.approx(newton(*both, *test, 0.1), abs=0.2)
+    assert got == pytest.approx(newton(*both, *test, 0.1), abs=0.3)  # two of 900
     assert newton(*fit, *test, 0.1) < got - 5  # of fit alone
     assert newton(*both, *test, 1.0) > got + 1  # another penalty would have been better on test
     without = fit[1] < 2

@@ -57,9 +57,8 @@ def completed(file, argv=(), side=None, n=5000, device="cuda"):
     """args as a run on n images with this shorter side has them; None: the built-in set."""
     items = range(n)
     data = SimpleNamespace(side=side, parts={"train": (items, None)}, val=[None, items],
-                           fit=[None, items], train=SimpleNamespace(labels=items),
-                           read=lambda *_: None)
-    data.probed = data
+                           train=SimpleNamespace(labels=items), read=lambda *_: None,
+                           labelled=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "Data", lambda *_: data)
         patch.setattr(common, "write", lambda *_: None)
