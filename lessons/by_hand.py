@@ -4,9 +4,9 @@
     python lessons/by_hand.py info_nce       MoCo: a queue of four keys
     python lessons/by_hand.py byol_loss      BYOL: distance of unit vectors
     python lessons/by_hand.py H              DINO: centre, temperatures, cross-entropy
-    python lessons/by_hand.py sinkhorn       DINOv2: three rounds of Sinkhorn-Knopp
+    python lessons/by_hand.py sinkhorn_knopp DINOv2: three rounds of Sinkhorn-Knopp
     python lessons/by_hand.py koleo          DINOv2: distance to the nearest neighbour
-    python lessons/by_hand.py attention      weak supervision: the attention over a bag
+    python lessons/by_hand.py attention_pool weak supervision: the attention over a bag
 
 Steps are done here with plain numbers. Each is held against the function that trains: its result,
 its results for fewer images or rounds, and the variables inside it. If one differs by 1e-6, the
@@ -194,7 +194,7 @@ def H(tau_s=1.0, tau_t=0.5, m=0.9):
     rows(f"the next centre, {m} C + {1 - m:.1f} * mean of t", [new])
 
 
-def sinkhorn(tau=2.0):
+def sinkhorn_knopp(tau=2.0):
     Q = [[math.exp(x / tau) for x in row] for row in X1]
     rows("outputs of the teacher for three images, a column for each of two prototypes", X1)
     rows(f"Q = e^(output / {tau})", Q)
@@ -228,7 +228,7 @@ def koleo():
     mean("L", losses, loss)
 
 
-def attention():
+def attention_pool():
     V, w, padding = [[1.0, 0.5], [-0.5, 1.0]], [1.0, 2.0], [9.0, 9.0]
     mask = torch.tensor([[True, True, True, False]])
     (z, a), _ = inside(weak.attention_pool, tensor([X1 + [padding]]), mask, tensor(V), tensor(w))
@@ -245,7 +245,8 @@ def attention():
     rows("z = sum of a h", [pooled])
 
 
-EQUATIONS = {f.__name__: f for f in (nt_xent, info_nce, byol_loss, H, sinkhorn, koleo, attention)}
+EQUATIONS = {f.__name__: f for f in (nt_xent, info_nce, byol_loss, H, sinkhorn_knopp, koleo,
+                                     attention_pool)}
 
 
 def main(argv=None):

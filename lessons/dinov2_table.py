@@ -125,7 +125,8 @@ def answer(table):
     words = [difference(b[key], a[key])[2] for key in TOP1 for a, b in zip(rows, rows[1:])]
     text = f"{words.count('')} of {len(words)} differences to the row above are two standard errors"
     # of noise alone about two are, and more than five in few of a hundred tables
-    return shared.answer(words.count("") > 5, text + " or more; about two would be by chance.")
+    holds = None if words.count("") > 5 else False
+    return shared.answer(holds, text + " or more; about two would be by chance.")
 
 
 def draw(whole, means, epochs):

@@ -151,7 +151,8 @@ def answer(means):
     counts = [str(a["labels a class"]) for (a, _), won in zip(pairs, ahead) if won]
     middle = len(pairs) // 2
     figures = ", ".join(f"{name} {rows[middle]['test_top1']:.0f} %" for name, rows in ways.items())
-    return shared.answer(all(ahead), f"frozen features are ahead of training from scratch with "
+    holds = None if any(ahead) and not all(ahead) else all(ahead)
+    return shared.answer(holds, f"frozen features are ahead of training from scratch with "
                          f"{', '.join(counts) or 'no number of'} labels a class. With "
                          f"{pairs[middle][0]['labels a class']}: {figures}.")
 

@@ -93,8 +93,9 @@ def compare(a, b, key):
 
 
 def answer(holds, text):
-    """The sentence below a figure; holds: whether the rows show its claim."""
-    return f"{'Yes' if holds else 'Not in these runs'}: {text}"
+    """The sentence below a figure; holds: whether the rows show its claim, None: a part of it."""
+    word = "In part" if holds is None else "Yes" if holds else "Not in these runs"
+    return f"{word}: {text}"
 
 
 def cell(row, key):

@@ -106,9 +106,10 @@ def answer(rows, means):
             and row["epoch"] == means[-1]["epoch"]}
     ends = ", ".join(f"{row['knn_top1']:.0f} % where it {m}" for m, row in last.items())
     holds = shared.compare(last[RISING], last[ZERO], "knn_top1") > 0
+    side = "ahead of" if mean["lead"] > 0 else "behind"
     return shared.answer(holds, f"by its momentum the teacher ends at {ends}. On average over the "
-                         f"epochs it is {mean['lead']:+.1f} ± {mean['lead_sd']:.1f} points ahead "
-                         "of its student.")
+                         f"epochs it is {abs(mean['lead']):.1f} ± {mean['lead_sd']:.1f} points "
+                         f"{side} its student.")
 
 
 def main(argv=None):

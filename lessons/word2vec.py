@@ -1,6 +1,6 @@
 """word2vec, the ancestor of contrastive learning: skip-gram with negative sampling (SGNS).
 
-Slides: "SSL: Pretext Task Taxonomy", where contrastive learning begins with word2vec. Mikolov et
+Slides: "SSL: Cognitive Principles", where contrastive learning begins with word2vec. Mikolov et
 al. 2013, https://arxiv.org/abs/1301.3781 (v1: skip-gram, windows) and
 https://arxiv.org/abs/1310.4546 (v2: negative sampling, subsampling).
 
