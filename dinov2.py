@@ -21,7 +21,7 @@ patch tokens have heads of their own.
 
 One step for a batch of N images:
     u, v, ... = augment(x)          2 global and L smaller local views      crops, augment
-    u^, v^ = mask(u, v)             exactly half of the global views        stratified_masks
+    u^, v^ = mask(u, v)             half of the global views                stratified_masks
     h, s, s' = g_s(u^, v^, ...)     student: class tokens, hidden patches   DINOv2.forward
     t, t' = g_t(u, v)               teacher: whole global views             DINOv2.forward
     q, q' = targets of t, t'        balanced, rows sum to 1                 sinkhorn_knopp
@@ -31,8 +31,8 @@ One step for a batch of N images:
     update g_s                      by L_DINO + L_iBOT + w L_KoLeo (w 0.1)  train
     g_t = m g_t + (1 - m) g_s       m rises to 1                            ema_update, cosine
 
-Symbols: u, v (N, 3, S, S) views in [0, 1]; masks (2N, S / P, S / P) bool, true is hidden, M of
-them; h (V N, d) class tokens of V views; z (V N, 256) unit vectors before the last layer; s, t
+Symbols: u, v (N, 3, S, S) views in [0, 1]; masks (2N, S / P, S / P) bool, true is hidden, M
+patches in all; h (V N, d) class tokens of V views; z (V N, 256) unit vectors before the last layer; s, t
 (N, K) raw outputs for a view; s', t' (M, K) for hidden patches; q, q' the targets; m momentum;
 tau_s, tau_t temperatures. net is g_s, net_ema is g_t, which is kept.
 
@@ -42,8 +42,8 @@ Where this file departs from the paper and the released code:
     none). So are ours; --blur has the others.
   - KoLeo is of both global views, each by itself, as in the released code (paper: of the first).
     Neither compares images of two GPUs.
-  - A hidden patch weighs 1 / their number in its view, divided by all 2N views, half of which have
-    none, as in the released code (paper: the sum). The masks are stratified over the batch of all
+  - A hidden patch weighs 1 / (hidden patches of its view), divided by all 2N views, also those
+    without a mask, as in the released code (paper: the sum). The masks are stratified over the batch of all
     GPUs (released code: of each, with a whole number of patches to hide).
   - Gradients are cut to length 3 for backbone and heads separately, as in the released code.
   - Warm-ups are shares of the run, and the rate goes from above 0 to 0 (released code: from 0 to
@@ -212,9 +212,9 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
 
     Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
     aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
-    aspect is uniform). least: a third of the shorter side, squared. ratio: a number, or a tensor
-    (...) with one for each mask -> (..., height, width); own: index of those that are made.
-    Test: test_block_mask.
+    aspect is uniform). least: 4 there and here, else a third of the shorter side, squared, as in
+    iBOT. ratio: a number, or a tensor (...) with one for each mask -> (..., height, width); own:
+    index of those that are made. Test: test_block_mask.
     """
     third = min(height, width) // 3
     least = least or third**2
@@ -252,7 +252,7 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
 
 
 def random_mask(height, width, ratio, generator, own=...):
-    """The same share of the patches one by one ("rand" in the released code)."""
+    """The same share of the patches one by one ("rand" in iBOT's released code)."""
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     patches = height * width
     numbers = torch.rand(*ratio.shape, patches, generator=generator)
@@ -267,9 +267,10 @@ def stratified_masks(step, side, args, run):
     of the second: (2n, side, side) bool, the places (M,) of hidden patches in masks.flatten(), and
     what each of these weighs: 1 / (hidden patches of its view x 2n). Test: test_masks.
 
-    Of all 2N views exactly the share --mask-crops has one; the i-th of them, in a random order, at
-    a ratio from the i-th of equal parts of --mask-ratio (released code). Numbers are drawn for the
-    whole batch: with any number of processes an image has the same masks.
+    Of all 2N views the share --mask-crops is to have one (on 4 x 4 patches no block fits in 6 of a
+    hundred); the i-th of them, in a random order, at a ratio from the i-th of equal parts of
+    --mask-ratio (released code). Numbers are drawn for the whole batch: with any number of
+    processes an image has the same masks.
     """
     N = args.batch_size
     low, high = args.mask_ratio
@@ -523,9 +524,8 @@ def cosine(step, steps, start, end):
 
 
 def tau_at(step, steps, tau_t, warmup):
-    """The teacher's temperature: from 0.04 linearly to tau_t in this share of the run.
-
-    Test: test_tau_at.
+    """The teacher's temperature: from 0.04 linearly to tau_t in this share of the run; a tau_t that
+    is lower does not change. Test: test_tau_at.
     """
     share = min(1.0, step / (warmup * steps)) if warmup else 1.0
     return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
@@ -560,6 +560,9 @@ def check(args, steps):
         common.fail("--mask-ratio hides none of so few patches: raise it or --image-size")
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
+    if min(sizes) // args.patch_size < 4 and not args.random_masks:
+        print("warning: blocks hardly fit in fewer than 4 x 4 patches: lower --patch-size, or take "
+              "--random-masks")
     if args.image_size % args.patch_size:
         print("warning: --image-size is no multiple of --patch-size, a rest is cut off")
     if args.local_crops and args.local_size >= args.image_size:
@@ -606,7 +609,7 @@ def train(args, run):
     patch_weight = 0.0 if args.no_token_loss else 1.0
     even = math.log(args.out_dim)  # of equal prototypes; a view without a mask counts as 0
     equal = -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))  # KoLeo of equal tokens
-    run.chance = {  # the values where nothing is learned
+    run.chance = {  # the values of equal outputs; KoLeo begins below
         "loss": even * (cls_weight + patch_weight * args.mask_crops) + args.koleo * equal,
         "cls": even, "patch": even * args.mask_crops, "entropy": even, "kl": 0.0, "koleo": equal}
 
@@ -869,8 +872,8 @@ class ScaledBlock(nn.Module):
 def resized(pos_embed, height, width, registers):
     """Position embeddings (1, 1 + T, D) of a square grid for one of height x width patches.
 
-    Bicubic, as in the released networks: with registers to a size, with antialiasing, without by a
-    factor with 0.1 added to the size. Other grids than squares stay as they are.
+    Bicubic, as in the released networks. With registers: to a size, with antialiasing; without: by
+    a factor, 0.1 added to the size. A pos_embed that is no square grid stays as it is.
     """
     patches = pos_embed.shape[1] - 1
     side = math.isqrt(patches)

@@ -935,14 +935,16 @@ def evaluate(net, data, args, run, test=False):
         (h, z1), (_, z2) = [features(net, x, args) for x in augment(views, args)]
         return h, z1, z2
 
+    has_z = hasattr(net, "to_z")
     results = common.health(
         *common.embed(two_views, data.val, crops(args), run, limit=1024),
-        name="z" if hasattr(net, "to_z") else "h",
+        name="z" if has_z else "h",
         least=0.1 if args.task == "view" else 0.02)
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
         splits, few = data.splits(test), data.splits(test, most=10_000)
-        results |= accuracies(lambda x: features(net, *x, args), ["", "head_"], view, splits, run)
+        names = ["", "head_"] if has_z else [""]
+        results |= accuracies(lambda x: features(net, *x, args), names, view, splits, run)
     if data.labelled and test:
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: features(floor, *x, args)[:1], ["untrained_"], view, splits,

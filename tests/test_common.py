@@ -149,7 +149,7 @@ def test_what_is_left_open_comes_from_the_recipe(name, capsys):
         assert ("CPU (with a GPU " in printed) == (recipe == "CPU")
         values = {k: row[columns[recipe]] for k, row in file.OPTIONS.items()}
         if recipe == "CPU":
-            values |= getattr(file, "CPU", {})
+            values |= file.CPU
         if recipe in ("small", "large"):
             values["image_size"] = min(values["image_size"], side)
         for k, default in values.items():

@@ -919,7 +919,9 @@ def test_what_cannot_work(argv, words, capsys):
 
 def test_warnings(capsys):
     for argv, words in (("--m 0.99", "half-life"), ("--m 0 --patch-size 5", "multiple of"),
-                        ("--m 0 --local-size 32", "not smaller than"), ("--m 0", "")):
+                        ("--m 0 --local-size 32", "not smaller than"), ("--m 0", ""),
+                        ("--m 0 --patch-size 16", "hardly fit"),
+                        ("--m 0 --patch-size 16 --random-masks", "")):
         dinov2.check(completed(*argv.split()), 100)
         out = capsys.readouterr().out
         assert words in out and out.count("warning") == bool(words)

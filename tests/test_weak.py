@@ -770,6 +770,16 @@ def test_terms_and_rate_of_a_step(tmp_path, monkeypatch):
     assert saved["param_groups"][0]["lr"] == run.rows[0]["lr"] < peak / 2
 
 
+@pytest.mark.parametrize("flags, classes, warned", [
+    ("", 10, False), ("--rate 0.9", 10, True), ("--rate 0.89", 10, False), ("", 2, True),
+    ("--noise pair", 10, True), ("--noise pair --rate 0.45", 10, False)])
+def test_labels_that_say_nothing(flags, classes, warned, capsys):
+    args = completed(weak, ["--task", "noisy", *flags.split()])
+    args.classes = classes
+    weak.check(args, SimpleNamespace(numbers={}), RUN)
+    assert ("as frequent as the right one" in capsys.readouterr().out) == warned
+
+
 def test_networks_share_nothing(tmp_path):
     """What one network is told does not change the others: with other noise the one that gets the
     true labels is the same, bit for bit."""
@@ -818,7 +828,8 @@ def test_votes_from_a_file(tmp_path):
 
 
 def test_all_networks_start_alike(tmp_path, capsys):
-    """From a backbone, which --eval does not take for a classifier, nor a file of other classes."""
+    """From a backbone, which --eval does not take for a classifier, nor a file of other classes;
+    from a last.pt each network goes on from its own."""
     class Starting(common.Run):
         def restore(self, state):
             nets = [state["net"], *state["net"].others.values()]
@@ -830,6 +841,13 @@ def test_all_networks_start_alike(tmp_path, capsys):
     backbone = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)["state_dict"]
     start = train(weak, [*argv, "--init", tmp_path / "run" / "backbone.pt"], Starting)[2].start
     assert len(start) == 3 and all(same(dict(f), backbone) for f in start)
+    file = tmp_path / "run" / "last.pt"
+    _, _, run = train(weak, [*argv, "--task", "noisy", "--init", file], Starting)
+    saved = torch.load(file, weights_only=True)["state"]["net"]
+    for net, start in zip(["backbone", *(f"others.{k}.backbone" for k in weak.NETWORKS["noisy"][1:])],
+                          run.start):
+        own = {k: v for k, v in saved.items() if k.startswith(f"{net}.")}
+        assert same({f"{net}.{k}": v for k, v in start.items()}, own)
     results, _ = quiet(weak, [*argv, "--eval", tmp_path / "run" / "backbone.pt"])
     assert not any(k.endswith("accuracy") for k in results)
     for i in range(6):

@@ -63,8 +63,7 @@ def completed(file, argv=(), side=None, n=5000, device="cuda"):
         patch.setattr(common, "Data", lambda *_: data)
         patch.setattr(common, "write", lambda *_: None)
         run = SimpleNamespace(folder=Path(), device=torch.device(device), world=1)
-        cpu = {} if file.__name__ == "weak" else file.CPU
-        common.load_data(args := options(file, argv), file.OPTIONS, run, cpu)
+        common.load_data(args := options(file, argv), file.OPTIONS, run, file.CPU)
     return args
 
 
