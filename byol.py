@@ -269,13 +269,13 @@ def lr_at(step, steps, warmup, peak):
 
 def check(args, per_epoch):
     """Say what is known to go wrong before hours are spent on it."""
-    half_life = math.log(0.5) / math.log(min(max(args.m, 1e-9), 1 - 1e-9)) / per_epoch
-    print(f"half-life of the target: {half_life:.2g} epochs at first")
     if args.eval:
         return
+    half_life = math.log(0.5) / math.log(min(max(args.m, 1e-9), 1 - 1e-9)) / per_epoch
+    print(f"half-life of the target: {half_life:.2g} epochs at first")
     if args.batch_size < 32:
         print("warning: fewer than 32 images are too few for batch norm, raise --batch-size")
-    if half_life > args.epochs / 10:
+    if half_life > args.epochs / 10 and not args.no_stop_gradient:
         print("warning: the target's half-life is over a tenth of the run, lower --m")
 
 
@@ -284,7 +284,8 @@ def train(args, run):
     data = common.load_data(args, OPTIONS, run, CPU)
     N, steps = args.batch_size, args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * N / 256
-    print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
+    if not args.eval:
+        print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
     check(args, data.per_epoch)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 

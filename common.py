@@ -893,7 +893,7 @@ def effective_rank(x):
 
 def show_views(run, data, crops, augment):
     """views.png: eight training images, each followed by views as the network gets them."""
-    if run.args.resume:
+    if run.args.resume and not run.step:  # which may still be refused
         return
     eight = torch.arange(min(8, len(data.train.labels)))
     columns = []

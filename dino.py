@@ -26,7 +26,7 @@ Where this file departs from the paper and the released code:
   - tau_t is scheduled by steps (released code: by epochs). Warm-ups are shares of the run, and the
     rate goes from above 0 to 0 (released code: from 0 to 1e-6). m starts lower on short runs.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
-    tenth of the view wide (released code: that of Pillow, which is wider).
+    tenth of the view wide (released code: Pillow's, without a limit), which cuts it in local views.
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
   - The built-in set, made for a CPU, has a small ViT that begins with convolutions (Xiao et al.
     2021), batch norm in the head (an option of the released code), few classes K and a colder
@@ -96,7 +96,7 @@ OPTIONS = {  # fmt: skip
     "norm_last_layer":   (False,      False,      False,       FLAG,       "weight_g stays 1"),
     "tau_s":             (0.1,        0.1,        0.1,         POSITIVE,   "of the student"),
     "tau_t":             (0.02,       0.07,       0.07,        POSITIVE,   "teacher's, at the end"),
-    "tau_t_warmup":      (0.3,        0.3,        0.3,         SHARE,      "share of run to rise"),
+    "tau_t_warmup":      (0.3,        0.3,        0.3,         SHARE,      "rise from 0.04: share"),
     "center_m":          (0.9,        0.9,        0.9,         SHARE,      "m_C"),
     "no_centering":      (False,      False,      False,       FLAG,       "C stays 0"),
     "no_sharpening":     (False,      False,      False,       FLAG,       "tau_t is 1"),
@@ -109,7 +109,8 @@ OPTIONS = {  # fmt: skip
     "solarize":          (0.0,        0.2,        0.2,         SHARE,      "in x2"),
     "epochs":            (16,         200,        100,         FROM_1,     "passes over the set"),
     "batch_size":        (64,         512,        256,         FROM_2,     "N (paper: 1024)"),
-    "optimizer":         ("adamw",    "adamw",    "adamw",     "adamw|sgd", "sgd: for ResNets"),
+    "optimizer":         ("adamw",    "adamw",    "adamw",     "adamw|sgd",
+                          "released ResNets: sgd, --lr 0.03, decay 1e-4 all along"),
     "lr":                (6e-3,       5e-4,       5e-4,        POSITIVE,   "peak, times N / 256"),
     "warmup":            (0.1,        0.1,        0.1,         SHARE,      "share of steps"),
     "weight_decay":      (0.04,       0.04,       0.04,        SHARE,      "at the start"),
@@ -152,7 +153,7 @@ def augment(views, args):
         x = common.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8)
         x = common.grey(x, p=0.2)
         if blur:
-            taps = x.shape[-1] // 20 * 2 + 1  # odd, a tenth of the view
+            taps = max(3, x.shape[-1] // 20 * 2 + 1)  # odd, a tenth of the view
             x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=blur)
         augmented += common.solarize(x, p=solarize).split(len(x1))
     return augmented
@@ -346,7 +347,7 @@ def check(args, steps):
         common.fail("--patch-size of vit_conv has to be 2, 4, 8, 16 or 32 and divide --image-size")
     if args.eval:
         return
-    if args.local_scale > args.global_scale:
+    if args.local_crops and args.local_scale > args.global_scale:
         common.fail("--local-scale is over --global-scale, the largest area of a local crop")
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
@@ -362,7 +363,8 @@ def train(args, run):
     N, K = args.batch_size, args.out_dim
     steps = args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * N / 256
-    print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
+    if not args.eval:
+        print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
     check(args, steps)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 

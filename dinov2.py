@@ -31,8 +31,8 @@ One step for a batch of N images:
     update g_s                      by L_DINO + L_iBOT + w L_KoLeo (w 0.1)  train
     g_t = m g_t + (1 - m) g_s       m rises to 1                            ema_update, cosine
 
-Symbols: u, v (N, 3, S, S) views in [0, 1]; masks (2N, S / P, S / P) bool, true is hidden, M
-patches in all; h (V N, d) class tokens of V views; z (V N, 256) unit vectors before the last layer; s, t
+Symbols: u, v (N, 3, S, S) views in [0, 1]; masks (2N, S / P, S / P) bool, true is hidden, M patches
+in all; h (V N, d) class tokens of V views; z (V N, 256) unit vectors before the last layer; s, t
 (N, K) raw outputs for a view; s', t' (M, K) for hidden patches; q, q' the targets; m momentum;
 tau_s, tau_t temperatures. net is g_s, net_ema is g_t, which is kept.
 
@@ -43,8 +43,8 @@ Where this file departs from the paper and the released code:
   - KoLeo is of both global views, each by itself, as in the released code (paper: of the first).
     Neither compares images of two GPUs.
   - A hidden patch weighs 1 / (hidden patches of its view), divided by all 2N views, also those
-    without a mask, as in the released code (paper: the sum). The masks are stratified over the batch of all
-    GPUs (released code: of each, with a whole number of patches to hide).
+    without a mask, as in the released code (paper: the sum). The masks are stratified over the
+    batch of all GPUs (released code: of each, with a whole number of patches to hide).
   - Gradients are cut to length 3 for backbone and heads separately, as in the released code.
   - Warm-ups are shares of the run, and the rate goes from above 0 to 0 (released code: from 0 to
     1e-6). All layers have one rate (released code: 0.2 of it for patch_embed, and 0.9 a layer in
@@ -201,7 +201,7 @@ def augment(views, args):
         x = common.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8)
         x = common.grey(x, p=0.2)
         if blur:
-            taps = x.shape[-1] // 20 * 2 + 1  # odd, a tenth of the view
+            taps = max(3, x.shape[-1] // 20 * 2 + 1)  # odd, a tenth of the view
             x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=blur)
         augmented += common.solarize(x, p=solarize).split(len(x1))
     return augmented
@@ -210,10 +210,10 @@ def augment(views, args):
 def block_mask(height, width, ratio, generator, least=None, own=...):
     """Hide rectangles, at most this share of the patches -> (height, width) bool.
 
-    Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
-    aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
-    aspect is uniform). least: 4 there and here, else a third of the shorter side, squared, as in
-    iBOT. ratio: a number, or a tensor (...) with one for each mask -> (..., height, width); own:
+    The area of each is uniform between `least` and the number that may still be hidden, its aspect
+    log-uniform. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1,
+    whose aspect is uniform). least: 4 there and here, else iBOT's third of the shorter side,
+    squared. ratio: a number, or a tensor (...) with one for each mask -> (..., height, width); own:
     index of those that are made. Test: test_block_mask.
     """
     third = min(height, width) // 3
@@ -352,7 +352,7 @@ class DINOv2(nn.Module):
         for name, value in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
-    def tokens(self, views, masks=None):  # views of one size -> (V N, 1 + R + T, d)
+    def masked_tokens(self, views, masks=None):  # views of one size -> (V N, 1 + R + T, d)
         x = (torch.cat(views) - self.mean) / self.std
         x = self.backbone.patch_embed(x)  # (V N, d, S / P, S / P)
         if masks is not None:  # before positions are added: the student knows where a patch is
@@ -360,7 +360,7 @@ class DINOv2(nn.Module):
         return self.backbone.encode(x)
 
     def forward(self, *views, masks=None, hidden=None):
-        x = self.tokens(views[:2], masks)
+        x = self.masked_tokens(views[:2], masks)
         h = x[:, 0]
         s_patch = []
         if hidden is not None:
@@ -368,7 +368,7 @@ class DINOv2(nn.Module):
             patches = x[:, 1 + self.backbone.registers :].flatten(0, 1)
             s_patch.append(head(patches[hidden])[1])  # (M, K)
         if views[2:]:
-            h = torch.cat([h, self.tokens(views[2:])[:, 0]])
+            h = torch.cat([h, self.masked_tokens(views[2:])[:, 0]])
         return h, *self.dino_head(h), *s_patch
 
 
@@ -524,8 +524,8 @@ def cosine(step, steps, start, end):
 
 
 def tau_at(step, steps, tau_t, warmup):
-    """The teacher's temperature: from 0.04 linearly to tau_t in this share of the run; a tau_t that
-    is lower does not change. Test: test_tau_at.
+    """The teacher's temperature: from 0.04 linearly to tau_t over the first part of the run, the
+    share `warmup`; tau_t throughout where it is under 0.04. Test: test_tau_at.
     """
     share = min(1.0, step / (warmup * steps)) if warmup else 1.0
     return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
@@ -552,7 +552,7 @@ def check(args, steps):
         return
     if args.hires_epochs and args.hires_size < args.patch_size:
         common.fail("--patch-size is over --hires-size, the side of a view")
-    if args.local_scale > args.global_scale:
+    if args.local_crops and args.local_scale > args.global_scale:
         common.fail("--local-scale is over --global-scale, the largest area of a local crop")
     if args.no_class_loss and args.no_token_loss and not args.koleo:
         common.fail("--no-class-loss, --no-token-loss and --koleo 0 leave nothing to learn")
@@ -575,7 +575,8 @@ def train(args, run):
     steps = args.epochs * data.per_epoch
     warmup = round(args.warmup * steps)
     peak = args.lr * math.sqrt(args.batch_size / 1024)
-    print(f"{steps:,} steps, {warmup:,} of them warm-up")
+    if not args.eval:
+        print(f"{steps:,} steps, {warmup:,} of warm-up")
     check(args, steps)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 

@@ -26,20 +26,21 @@ Where this file departs from the paper and the released code:
   - Every global view is masked by itself, as in the released code (paper: both views of an image).
     A view without a mask counts as 0 in L_MIM, as there.
   - Class and patch tokens share the head, as in the paper and the released runs (default of the
-    released code: only the teacher's do). The length of the last layer's rows is trained, as in
-    those runs (default of the released code: fixed).
+    released code: only the teacher's do). The length of the last layer's rows is trained, as in its
+    commands for ViT-S and Swin-T (default of the released code: fixed).
   - Schedules go by steps, those of tau_t and tau_t' too (released code: by epochs). Warm-ups are
     shares of the run, and the rate goes from above 0 to 0 (released code: from 0 to 1e-6). In short
     runs m starts lower (released code: 0.996).
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
-    tenth of the view wide (released code: that of Pillow, which is wider).
+    tenth of the view wide (released code: Pillow's, without a limit), which cuts it in local views.
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
   - The built-in set, made for a CPU, has batch norm in the head, one for each of two layers, over
     class tokens and over patches (an option of the released code, which has the same one twice,
     over both together), few classes K, a colder teacher, no local views, and a small ViT that
     begins with convolutions (Xiao et al. 2021). They see 7 pixels to the left of a patch and above
     it, so a hidden patch shows in three neighbours; without that it learned less, not more
-    (benchmarks/LOG.md).
+    (benchmarks/LOG.md). Its patch classes tell first of all where a patch is: on this set L_MIM far
+    below chance is no proof of learning.
   - The linear probe is fitted by L-BFGS on central crops (paper: SGD on random ones).
   - Of the three defaults only the last follows the released code: its ViT-S, for 100 of 800 epochs,
     with a batch for one GPU.
@@ -71,15 +72,13 @@ VITS = {  # width, depth, heads
     "vit_base": (768, 12, 12),
     "vit_large": (1024, 24, 16),
 }
-BELOW_1 = number(float, 0, 0.99)
-PAIR = SHARE | {"nargs": 2}
-NO_BLUR = (0.0, 0.0, 0.0)  # probabilities in u, v and local views
-BLUR = (1.0, 0.1, 0.5)
+DROP, PAIR = number(float, 0, 0.99), SHARE | {"nargs": 2}
+NO_BLUR, BLUR = (0.0, 0.0, 0.0), (1.0, 0.1, 0.5)  # probabilities in u, v and local views
 SHARES = SHARE | {"nargs": 3}
 
 
 def momentum(args, n):
-    """m of a run on n images: a half-life of at most a twentieth of its steps, at least 0.9."""
+    """m at the start: 0.996 (paper), or less on a short run: half-life steps / 20, but m >= 0.9."""
     return min(0.996, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
 
@@ -89,43 +88,43 @@ def local_side(args, n):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# common.py adds --dataset, --seed, --amp, --resume and so on.
+# A function gets (args, number of images). common.py adds --dataset, --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
-    # option             built-in    to 64 px    larger      allowed     meaning
-    "arch":             ("vit_conv", "vit_tiny", "vit_small", one_of(VITS), "backbone"),
-    "patch_size":       (8,          4,          16,         FROM_1,     "P, pixels"),
-    "drop_path":        (0.0,        0.1,        0.1,        BELOW_1,    "of student's blocks"),
-    "out_dim":          (128,        4096,       8192,       FROM_2,     "K"),
-    "hidden":           (512,        2048,       2048,       FROM_1,     "width of the head"),
-    "head_bn":          (True,       False,      False,      SWITCH,     "batch norm in head"),
-    "separate_heads":   (False,      False,      False,      FLAG,       "2 last layers"),
-    "tau_s":            (0.1,        0.1,        0.1,        POSITIVE,   "of the student"),
-    "tau_t":            (0.02,       0.07,       0.07,       POSITIVE,   "teacher's, at the end"),
-    "tau_t_patch":      (0.02,       0.07,       0.07,       POSITIVE,   "tau_t', of patches"),
-    "tau_t_warmup":     (0.3,        0.3,        0.3,        SHARE,      "rise from 0.04: share"),
-    "center_m":         (0.9,        0.9,        0.9,        SHARE,      "m_C"),
-    "mask_ratio":       ((0.1, 0.5), (0.1, 0.5), (0.1, 0.5), PAIR,       "hidden: from, to"),
-    "mask_crops":       (0.5,        0.5,        0.5,        SHARE,      "views with a mask"),
-    "random_masks":     (False,      False,      False,      FLAG,       "patches one by one"),
-    "no_token_loss":    (False,      False,      False,      FLAG,       "no L_MIM"),
-    "no_class_loss":    (False,      False,      False,      FLAG,       "no L_[CLS]"),
-    "image_size":       (32,         32,         224,        PIXELS,     "of a global view"),
-    "local_size":       (16,         16,         local_side, PIXELS,     "of a local view"),
-    "local_crops":      (0,          6,          10,         FROM_0,     "L"),
-    "global_scale":     (0.5,        0.4,        0.25,       SHARE,      "least area, global"),
-    "local_scale":      (0.2,        0.1,        0.05,       SHARE,      "least area, local"),
-    "blur":             (NO_BLUR,    NO_BLUR,    BLUR,       SHARES,     "in u, v, local"),
-    "solarize":         (0.0,        0.2,        0.2,        SHARE,      "in v"),
-    "epochs":           (12,         200,        100,        FROM_1,     "passes over the set"),
-    "batch_size":       (64,         512,        256,        FROM_2,     "N (paper: 1024)"),
-    "lr":               (4e-3,       5e-4,       5e-4,       POSITIVE,   "peak, times N / 256"),
-    "warmup":           (0.1,        0.1,        0.1,        SHARE,      "share of steps"),
-    "weight_decay":     (0.04,       0.04,       0.04,       SHARE,      "at the start"),
-    "weight_decay_end": (0.04,       0.4,        0.4,        SHARE,      "at the end"),
-    "clip":             (3.0,        3.0,        3.0,        POSITIVE,   "norm of a gradient"),
-    "freeze_last_layer":(1,          1,          1,          FROM_0,     "epochs at the start"),
-    "m":                (momentum,   momentum,   momentum,   SHARE,      "momentum, rises to 1"),
-    "branch":           ("teacher",  "teacher",  "teacher",  "teacher|student", "of a file"),
+    # option              built-in    to 64 px    larger       allowed     meaning
+    "arch":              ("vit_conv", "vit_tiny", "vit_small", one_of(VITS), "backbone"),
+    "patch_size":        (8,          4,          16,          FROM_1,     "P, pixels"),
+    "drop_path":         (0.0,        0.1,        0.1,         DROP,       "of student's blocks"),
+    "out_dim":           (128,        4096,       8192,        FROM_2,     "K"),
+    "hidden":            (512,        2048,       2048,        FROM_1,     "width of the head"),
+    "head_bn":           (True,       False,      False,       SWITCH,     "batch norm in head"),
+    "separate_heads":    (False,      False,      False,       FLAG,       "2 last layers"),
+    "tau_s":             (0.1,        0.1,        0.1,         POSITIVE,   "of the student"),
+    "tau_t":             (0.02,       0.07,       0.07,        POSITIVE,   "teacher's, at the end"),
+    "tau_t_patch":       (0.02,       0.07,       0.07,        POSITIVE,   "tau_t', of patches"),
+    "tau_t_warmup":      (0.3,        0.3,        0.3,         SHARE,      "rise from 0.04: share"),
+    "center_m":          (0.9,        0.9,        0.9,         SHARE,      "m_C"),
+    "mask_ratio":        ((0.1, 0.5), (0.1, 0.5), (0.1, 0.5),  PAIR,       "hidden: from, to"),
+    "mask_crops":        (0.5,        0.5,        0.5,         SHARE,      "views with a mask"),
+    "random_masks":      (False,      False,      False,       FLAG,       "patches one by one"),
+    "no_token_loss":     (False,      False,      False,       FLAG,       "no L_MIM"),
+    "no_class_loss":     (False,      False,      False,       FLAG,       "no L_[CLS]"),
+    "image_size":        (32,         32,         224,         PIXELS,     "of a global view"),
+    "local_size":        (16,         16,         local_side,  PIXELS,     "of a local view"),
+    "local_crops":       (0,          6,          10,          FROM_0,     "L"),
+    "global_scale":      (0.5,        0.4,        0.25,        SHARE,      "least area, global"),
+    "local_scale":       (0.2,        0.1,        0.05,        SHARE,      "least area, local"),
+    "blur":              (NO_BLUR,    NO_BLUR,    BLUR,        SHARES,     "in u, v, local"),
+    "solarize":          (0.0,        0.2,        0.2,         SHARE,      "in v"),
+    "epochs":            (12,         200,        100,         FROM_1,     "passes over the set"),
+    "batch_size":        (64,         512,        256,         FROM_2,     "N (paper: 1024)"),
+    "lr":                (4e-3,       5e-4,       5e-4,        POSITIVE,   "peak, times N / 256"),
+    "warmup":            (0.1,        0.1,        0.1,         SHARE,      "share of steps"),
+    "weight_decay":      (0.04,       0.04,       0.04,        SHARE,      "at the start"),
+    "weight_decay_end":  (0.04,       0.4,        0.4,         SHARE,      "at the end"),
+    "clip":              (3.0,        3.0,        3.0,         POSITIVE,   "norm of a gradient"),
+    "freeze_last_layer": (1,          1,          1,           FROM_0,     "epochs at the start"),
+    "m":                 (momentum,   momentum,   momentum,    SHARE,      "momentum, rises to 1"),
+    "branch":            ("teacher",  "teacher",  "teacher",   "teacher|student", "of a file"),
 }
 # Without a GPU images up to 64 pixels have the first column, except for:
 CPU = {"out_dim": 1024, "tau_t": 0.04, "tau_t_patch": 0.04, "local_size": local_side,
@@ -160,7 +159,7 @@ def augment(views, args):
         x = common.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8)
         x = common.grey(x, p=0.2)
         if blur:
-            taps = x.shape[-1] // 20 * 2 + 1  # odd, a tenth of the view
+            taps = max(3, x.shape[-1] // 20 * 2 + 1)  # odd, a tenth of the view
             x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=blur)
         augmented += common.solarize(x, p=solarize).split(len(x1))
     return augmented
@@ -169,10 +168,10 @@ def augment(views, args):
 def block_mask(height, width, ratio, generator, least=None, own=...):
     """Hide rectangles, at most this share of the patches -> (height, width) bool.
 
-    Each has `least` patches or more, as many as may still be hidden or fewer, and a log-uniform
-    aspect. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1, whose
-    aspect is uniform). least: a third of the shorter side, squared. ratio: a number, or a tensor
-    (...) with one for each mask -> (..., height, width); own: index of those that are made.
+    The area of each is uniform between `least` and the number that may still be hidden, its aspect
+    log-uniform. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1,
+    whose aspect is uniform). least: a third of the shorter side, squared. ratio: a number, or a
+    tensor (...) with one for each mask -> (..., height, width); own: index of those that are made.
     Test: test_block_mask.
     """
     third = min(height, width) // 3
@@ -301,7 +300,7 @@ class IBOT(nn.Module):
         for name, value in (("mean", MEAN), ("std", STD)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
-    def tokens(self, views, masks=None):  # views of one size -> (V N, 1 + T, d)
+    def masked_tokens(self, views, masks=None):  # views of one size -> (V N, 1 + T, d)
         x = (torch.cat(views) - self.mean) / self.std
         x = self.backbone.patch_embed(x)  # (V N, d, S / P, S / P)
         if masks is not None:  # before positions are added: the student knows where a patch is
@@ -310,7 +309,7 @@ class IBOT(nn.Module):
         return self.backbone.encode(x)
 
     def forward(self, *views, masks=None, with_patches=False):
-        x = self.tokens(views[:2], masks)
+        x = self.masked_tokens(views[:2], masks)
         h = x[:, 0]
         s_patch = []
         if with_patches:
@@ -318,7 +317,7 @@ class IBOT(nn.Module):
             s_patch.append(
                 self.head.last_layer2(z).unflatten(0, (len(x), -1)))  # (2N, T, K)
         if views[2:]:
-            h = torch.cat([h, self.tokens(views[2:])[:, 0]])
+            h = torch.cat([h, self.masked_tokens(views[2:])[:, 0]])
         return h, *self.head(h), *s_patch
 
 
@@ -433,9 +432,8 @@ def cosine(step, steps, start, end):
 
 
 def tau_at(step, steps, tau_t, warmup):
-    """The teacher's temperature: from 0.04 linearly to tau_t in this share of the run.
-
-    Test: test_tau_at.
+    """The teacher's temperature: from 0.04 linearly to tau_t over the first part of the run, the
+    share `warmup`; tau_t throughout where it is under 0.04. Test: test_tau_at.
     """
     share = min(1.0, step / (warmup * steps)) if warmup else 1.0
     return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
@@ -443,8 +441,8 @@ def tau_at(step, steps, tau_t, warmup):
 
 @torch.no_grad()
 def clip_each(net, length):
-    """Cut the gradient of every tensor to this length by itself, as the released code does, not of
-    all tensors together. Test: test_clip_each."""
+    """Clip the gradient of each tensor to this norm on its own, as the released code does, not the
+    norm of all together. Test: test_clip_each."""
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     norms = torch._foreach_norm(grads)
     torch._foreach_mul_(grads, [(length / (n + 1e-6)).clamp(max=1.0) for n in norms])
@@ -460,12 +458,15 @@ def check(args, steps):
         common.fail("--patch-size of vit_conv has to be 2, 4, 8, 16 or 32 and divide --image-size")
     if args.eval:
         return
-    if args.local_scale > args.global_scale:
+    if args.local_crops and args.local_scale > args.global_scale:
         common.fail("--local-scale is over --global-scale, the largest area of a local crop")
-    if args.no_class_loss and args.no_token_loss:
-        common.fail("--no-class-loss and --no-token-loss leave nothing to learn")
-    if (args.image_size // args.patch_size) ** 2 * max(args.mask_ratio) < 1:
+    if args.no_class_loss and (args.no_token_loss or not args.mask_crops):
+        common.fail("--no-class-loss and --no-token-loss or --mask-crops 0 leave nothing to learn")
+    patches = (args.image_size // args.patch_size) ** 2
+    if patches * max(args.mask_ratio) < 1:
         common.fail("--mask-ratio hides none of so few patches: raise it or --image-size")
+    if patches * min(args.mask_ratio) < 1 or patches == 1:
+        print("warning: some masks hide no patch, so L_MIM begins below chance")
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if args.image_size % args.patch_size:
@@ -475,29 +476,28 @@ def check(args, steps):
 
 
 def train(args, run):
-    """-> the trained teacher and the data."""
+    """-> the trained teacher (with --eval: the loaded one) and the data."""
     data = common.load_data(args, OPTIONS, run, CPU)
+    N, K = args.batch_size, args.out_dim
     steps = args.epochs * data.per_epoch
-    warmup = round(args.warmup * steps)
-    peak = args.lr * args.batch_size / 256
-    print(f"{steps:,} steps, {warmup:,} of them warm-up")
+    warmup, peak = round(args.warmup * steps), args.lr * N / 256
+    if not args.eval:
+        print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
     check(args, steps)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 
     # -- model: net is g_s, the student; net_ema is g_t, the teacher, which is evaluated and kept
     net = build(args, args.drop_path)
     net_ema = build(args)
-    renames = [(r"^backbone\.masked_embed$", "masked_embed")]
-    common.load_weights(net, args, "net_ema", args.branch, renames, fit_released, MEAN)
-    net_ema.load_state_dict(net.state_dict())
+    common.load_weights(net, args, "net_ema", args.branch, adapt=fit_released, mean=MEAN)
+    net_ema.load_state_dict(net.state_dict())  # g_t = g_s
     net = run.place(net)
     net_ema = run.place(net_ema)
     net_ema.requires_grad_(False)  # stop-gradient: the teacher only follows, by moving average
     last_layers = nn.ModuleList([net.head.last_layer, net.head.last_layer2])
-    center = torch.zeros(1, args.out_dim, device=run.device)
-    center_patch = torch.zeros(1, 1, args.out_dim, device=run.device)
-    student = run.parallel(net)
-    teacher = run.compiled(net_ema)
+    center = torch.zeros(1, K, device=run.device)
+    center_patch = torch.zeros(1, 1, K, device=run.device)
+    student, teacher = run.parallel(net), run.compiled(net_ema)
     aug = run.compiled(augment)
 
     # -- optimiser
@@ -513,7 +513,7 @@ def train(args, run):
     undo = common.Undo(net, net_ema, center, center_patch)
     cls_weight = 0.0 if args.no_class_loss else 1.0
     patch_weight = 0.0 if args.no_token_loss else 1.0
-    even = math.log(args.out_dim)  # of equal classes; a view without a mask counts as 0
+    even = math.log(K)  # of equal classes; a view without a mask counts as 0
     run.chance = {  # the values where nothing is learned
         "loss": even * (cls_weight + patch_weight * args.mask_crops),
         "cls": even, "patch": even * args.mask_crops,
@@ -822,7 +822,7 @@ def start_with_sines(vit):
 
 
 def fit_positions(weights, net):
-    """Position embeddings of a file, resampled to the grid of net."""
+    """Resample the position embeddings among weights, in place, to the grid of net."""
     name = "backbone.pos_embed"
     if name in weights and name in net.state_dict():
         side = math.isqrt(net.backbone.pos_embed.shape[1] - 1)
@@ -831,9 +831,9 @@ def fit_positions(weights, net):
 
 
 def fit_released(weights, net):
-    """Also of released files, where masked_embed is in the student's backbone alone."""
-    weights.pop("backbone.masked_embed", None)  # of a backbone alone
-    weights.setdefault("masked_embed", net.masked_embed)  # of a teacher with its head
+    """Also of released files, where masked_embed is in the student's backbone, in no teacher's."""
+    mask = weights.pop("backbone.masked_embed", net.masked_embed)
+    weights.setdefault("masked_embed", mask)
     return fit_positions(weights, net)
 
 

@@ -361,7 +361,8 @@ def train(args, run):
     data = common.load_data(args, OPTIONS, run, CPU)
     N, K, steps = args.batch_size, args.queue, args.epochs * data.per_epoch
     peak = args.lr * N / 256
-    print(f"{steps:,} steps from lr {peak:.3g} = {args.lr:g} * {N} / 256")
+    if not args.eval:
+        print(f"{steps:,} steps from lr {peak:.3g} = {args.lr:g} * {N} / 256")
     check(args, data.per_epoch, run.world)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 

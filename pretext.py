@@ -43,8 +43,9 @@ Where this file departs from the papers:
     the rate is an eighth of mmselfsup's for as many turned images.
   - patch: the centre and each of its eight neighbours, both ways (released code: all neighbours in
     a grid over the image). patch and jigsaw: two thirds of the tiles have one channel copied to all
-    (papers: noise in the other two, or grey and shifted channels), each channel has mean 0 and
-    deviation 1 (released code of patch: one deviation for all), and no tile is shrunk.
+    (released code of patch: all, with noise in the other two; jigsaw: grey or shifted), each
+    channel has mean 0 and deviation 1 (released code of patch: one deviation for all), and no tile
+    is shrunk.
     jigsaw: orders are chosen by their nearest, then by their mean distance.
   - colorization: a list of 261 bins of our own (released: 313), on a grid of at most 16 x 16.
     splitbrain: soft bins for colours (paper: hard), hard ones for lightness; every convolution has
@@ -108,10 +109,11 @@ def by_task(other, **tasks):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# The second column is RotNet's for CIFAR-10, with as many turned images in a step. Of the third,
-# epochs and weight decay are mmselfsup's and the rate is that of VISSL's rotation and jigsaw. What
-# the two columns have for other tasks is our own and has not been measured. common.py adds
-# --dataset, --seed, --amp, --resume and so on.
+# The second column is RotNet's for CIFAR-10, with as many turned images in a step; an epoch has two
+# views of every image (released code: one, 200 epochs). Of the third, epochs and weight decay are
+# mmselfsup's; the rate is, for as many pictures in a step, an eighth of mmselfsup's and VISSL's for
+# rotation, half of VISSL's for jigsaw. What the two columns have for other tasks is our own and has
+# not been measured. common.py adds --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed         meaning
     "task":         ("rotation", "rotation", "rotation", one_of(GUARDS), "what is asked"),
@@ -134,8 +136,8 @@ OPTIONS = {  # fmt: skip
     "weight_decay": (0.01,       5e-4,       1e-4,       SHARE,          "(RotNet: 5e-4)"),
     "warmup":       (0.1,        0.1,        0.1,        SHARE,          "share of the steps"),
 }
-# Without a GPU images up to 64 pixels have the first column, except for (measured: rotation):
-CPU = {"shade": 0.0, "arch": "convnet_wide", "epochs": common.hour(1.5e5)}  # four of each
+# Without a GPU images up to 64 pixels have the first column, but for (measured with rotation):
+CPU = {"shade": 0.0, "arch": "convnet_wide", "epochs": common.hour(1.5e5)}  # turned four ways each
 
 # ==================================================================================================
 # Augmentation
@@ -221,7 +223,8 @@ def decoder(d, outputs, side):
 #   input_and_target(x)     views (M, 3, S, S) in [0, 1] -> input, what its answer is compared to
 #   forward(input)          -> answer, one tensor
 #   loss(answer, target)    -> {"loss": ...}, perhaps with the accuracy
-#   chance                  the same where nothing is learned
+#   chance                  the same where nothing is learned, or
+#   blind(target)           the best answer that does not look at the image
 
 
 # Predictive: what was done to the image? ----------------------------------------------------------
@@ -335,8 +338,8 @@ def jigsaw_permutations(n, seed):
     """(n, 9): permutations far from each other in Hamming distance (after Noroozi & Favaro).
 
     After a random one always that whose nearest is furthest, and of those the one furthest on
-    average. By the mean alone, as in the paper, two of 100 have a distance of 3, here 6, while the
-    mean is 8.08 for both.
+    average. By the mean alone, as in the paper, the nearest two of 100 have a distance of 2 or 3,
+    by how ties are broken, here of 6, while the mean is 8.08 for both.
     """
     every = torch.tensor([*itertools.permutations(range(9))], dtype=torch.int8)  # (9!, 9)
     i = torch.randint(len(every), (), generator=torch.Generator().manual_seed(seed))
@@ -481,12 +484,14 @@ class Colorization(nn.Sequential):
         self.register_buffer("bins", bins)
         self.register_buffer("weight", torch.ones(len(bins)))  # until rebalance_bins
         self.side = side
-        self.chance = {"loss": math.log(len(bins))}
 
     def rebalance_bins(self, sample):  # before training, unless --without rebalance
         _, Z = self.input_and_target(sample)
         self.weight.copy_(rebalance(Z.mean((0, 2, 3))))
-        self.chance["loss"] *= self.weight[Z.argmax(1)].mean().item()  # still of equal logits
+
+    def blind(self, Z):
+        p = (self.weight[Z.argmax(1)].unsqueeze(1) * Z).mean((0, 2, 3), keepdim=True)
+        return p.clamp(min=1e-12).log().expand_as(Z)
 
     def input_and_target(self, x):
         lab = rgb_to_lab(x)
@@ -522,7 +527,6 @@ class SplitBrain(nn.Module):
         self.color_head = decoder(f.dim // 2, len(self.bins), self.side)
         self.light_head = decoder(f.dim // 2, 100, self.side)
         self.split = "split" not in args.without
-        self.chance = {"loss": math.log(100 * len(self.bins))}
 
     def input_and_target(self, x):
         lab = rgb_to_lab(x)
@@ -532,6 +536,12 @@ class SplitBrain(nn.Module):
         grid = F.adaptive_avg_pool2d(lab, self.side)  # (M, 3, s, s)
         light = grid[:, 0].long().clamp(0, 99)  # one of 100 bins
         return torch.cat(halves, 1), (soft_encode(grid[:, 1:], self.bins), light)
+
+    def blind(self, target):
+        Z, light = target
+        lights = F.one_hot(light, 100).movedim(3, 1)
+        p = torch.cat([Z, lights], 1).mean((0, 2, 3), keepdim=True)
+        return p.clamp(min=1e-12).log().expand(len(Z), -1, *Z.shape[2:])
 
     def forward(self, x):
         h_light, h_color = self.backbone(x).chunk(2, 1)  # (M, d / 2) each
@@ -761,8 +771,8 @@ def check(args):
     for guard in args.without:
         if guard not in GUARDS[args.task].split():
             common.fail(f"--without {guard}: the guards of {args.task} are {GUARDS[args.task]}")
-    if args.batch_size < 16:
-        print("warning: a batch under 16 is too few for batch norm, raise --batch-size")
+    if args.task == "view" and args.batch_size < 32 and not args.eval:
+        print("warning: fewer than 32 images are too few for batch norm, raise --batch-size")
 
 
 @torch.no_grad()
@@ -797,7 +807,8 @@ def train(args, run):
     data = common.load_data(args, OPTIONS, run, CPU)
     N, steps = args.batch_size, args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * N / 256
-    print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
+    if not args.eval:
+        print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
     check(args)
 
     # -- model
@@ -805,7 +816,10 @@ def train(args, run):
     common.load_weights(net, args, mean=MEAN)  # of --init or --eval
     net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
     every = torch.arange(0, args.images, math.ceil(args.images / 256))  # over the whole set
-    sample, _ = common.embed(lambda x: x, (data.train, every), central(args.image_size), run)
+    *sample, _ = common.embed(lambda x: x, (data.train, every), crops(args), run)
+    sample = torch.cat(sample)  # (512, 3, S, S)
+    if hasattr(net, "bins") and not sample.std(1).any():
+        common.fail(f"--task {args.task}: these images are grey, there are no colours to tell")
     if args.task == "colorization" and "rebalance" not in args.without:
         net.rebalance_bins(sample)
     model, aug = run.parallel(net), run.compiled(augment)
@@ -823,6 +837,9 @@ def train(args, run):
     undo = common.Undo(net)  # batch norm's statistics, should a step fail
     if args.task in ("denoising", "inpainting"):
         net.chance = {"loss": sample.var(0, correction=0).mean().item()}  # of a mean image
+    if hasattr(net, "blind"):
+        _, target = net.input_and_target(sample)
+        net.chance = {"loss": net.loss(net.blind(target), target)["loss"].item()}
     run.chance = net.chance  # where nothing is learned
     show_task(net, data, args, run)
 

@@ -238,7 +238,8 @@ def train(args, run):
     data = common.load_data(args, OPTIONS, run, CPU)
     N, steps = args.batch_size, args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * N / 256
-    print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
+    if not args.eval:
+        print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
     check(args)
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 

@@ -524,7 +524,8 @@ class Batches:
     """For run.batches: views of the images of a task, and in `index` which ones they are.
 
     parts: (rows, count), from each so many rows a step, in an order that is drawn anew in every
-    epoch, and when it is used up. A row is an image or a bag: (n, 1) or (n, k), -1 where a bag has no image.
+    epoch, and when it is used up. A row is an image or a bag: (n, 1) or (n, k), -1 where a bag has
+    no image.
     """
 
     def __init__(self, data, parts):
@@ -714,7 +715,8 @@ def train(args, run):
     data = common.load_data(args, OPTIONS, run, CPU)
     steps = args.epochs * data.per_epoch
     warmup, peak = round(args.warmup * steps), args.lr * args.batch_size / 256
-    print(f"{steps:,} steps, {warmup:,} of them warm-up to lr {peak:.3g}")
+    if not args.eval:
+        print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g}")
     made = common.recall(args)
     args.classes = made.get("classes", 1 + int(data.train.labels.max()))
     args.names = data.classes

@@ -378,13 +378,15 @@ def test_wrong_options(argv, capsys):
 
 def test_check(capsys):
     def checked(**changed):
-        args = {"batch_size": 32, "m": 0.0, "epochs": 3, "eval": None} | changed
+        args = {"batch_size": 32, "m": 0.0, "epochs": 3, "eval": None,
+                "no_stop_gradient": False} | changed
         byol.check(SimpleNamespace(**args), per_epoch=3)
         return [line for line in capsys.readouterr().out.split("\n") if "warning" in line]
 
     assert checked() == [] == checked(m=0.46)  # half-lives of 0.03 and 0.89 of 9 steps
     assert "--m" in checked(m=0.48)[0] and "--batch-size" in checked(batch_size=31)[0]
     assert len(checked(m=1.0, batch_size=16)) == 2
+    assert len(checked(m=1.0, no_stop_gradient=True)) == 0  # then there is no target
     assert checked(m=1.0, batch_size=16, eval="last.pt") == []  # nothing is trained
 
 

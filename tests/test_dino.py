@@ -832,6 +832,7 @@ def test_check(capsys):
         found = [line for line in printed(*good, *flags).split("\n") if "warning" in line]
         assert len(found) == 1 and words in found[0], flags
     assert "warning:" not in printed(*good, "--local-size", 16, "--local-crops", 0)
+    assert "warning:" not in printed(*good, "--local-scale", 0.9, "--local-crops", 0)
 
 
 def test_the_collapse_is_named():

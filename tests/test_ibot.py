@@ -689,7 +689,8 @@ def test_weights_from_files(official, capsys):
 @pytest.mark.parametrize("argv, words", [
     ("--patch-size 32", "--patch-size is over"), ("--local-size 8 --patch-size 16", "--patch-size"),
     ("--local-scale 0.9", "--local-scale is over"), ("--mask-ratio 0.01 0.05", "hides none"),
-    ("--no-class-loss --no-token-loss", "nothing to learn"), ("--mask-ratio 0.3", "--mask-ratio"),
+    ("--no-class-loss --no-token-loss", "nothing to learn"),
+    ("--no-class-loss --mask-crops 0", "nothing to learn"), ("--mask-ratio 0.3", "--mask-ratio"),
     ("--mask-ratio 0.1 1.5", "--mask-ratio"), ("--tau-t-patch 0", "--tau-t-patch"),
     ("--mask-crops 2", "--mask-crops"), ("--arch resnet18", "--arch")])
 def test_what_cannot_work(argv, words, capsys):
@@ -698,7 +699,10 @@ def test_what_cannot_work(argv, words, capsys):
 
 def test_warnings(capsys):
     for argv, words in (("--m 0.99", "half-life"), ("--m 0 --patch-size 5", "multiple of"),
-                        ("--m 0 --local-size 32", "not smaller than"), ("--m 0", "")):
+                        ("--m 0 --local-size 32", "not smaller than"), ("--m 0", ""),
+                        ("--m 0 --mask-ratio 0.05 0.5", "hide no patch"),
+                        ("--m 0 --patch-size 32 --mask-ratio 1 1", "hide no patch"),
+                        ("--m 0 --local-crops 0 --local-scale 0.9", "")):
         ibot.check(completed(*argv.split()), 100)
         out = capsys.readouterr().out
         assert words in out and out.count("warning") == bool(words)
