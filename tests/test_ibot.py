@@ -701,7 +701,7 @@ def test_warnings(capsys):
     for argv, words in (("--m 0.99", "half-life"), ("--m 0 --patch-size 5", "multiple of"),
                         ("--m 0 --local-size 32", "not smaller than"), ("--m 0", ""),
                         ("--m 0 --mask-ratio 0.05 0.5", "hide no patch"),
-                        ("--m 0 --patch-size 32 --mask-ratio 1 1", "hide no patch"),
+                        ("--m 0 --patch-size 16 --mask-ratio 0.2 1", "hide no patch"),
                         ("--m 0 --local-crops 0 --local-scale 0.9", "")):
         ibot.check(completed(*argv.split()), 100)
         out = capsys.readouterr().out

@@ -844,8 +844,8 @@ def test_all_networks_start_alike(tmp_path, capsys):
     file = tmp_path / "run" / "last.pt"
     _, _, run = train(weak, [*argv, "--task", "noisy", "--init", file], Starting)
     saved = torch.load(file, weights_only=True)["state"]["net"]
-    for net, start in zip(["backbone", *(f"others.{k}.backbone" for k in weak.NETWORKS["noisy"][1:])],
-                          run.start):
+    others = [f"others.{k}.backbone" for k in weak.NETWORKS["noisy"][1:]]
+    for net, start in zip(["backbone", *others], run.start):
         own = {k: v for k, v in saved.items() if k.startswith(f"{net}.")}
         assert same({f"{net}.{k}": v for k, v in start.items()}, own)
     results, _ = quiet(weak, [*argv, "--eval", tmp_path / "run" / "backbone.pt"])
