@@ -728,7 +728,7 @@ def test_health():
     h = draw(n, 10).float() * torch.logspace(0, -3, 10)
     z1 = F.normalize(draw(n, D, seed=1)).float()
     z2 = F.normalize(z1 + 0.05 * draw(n, D, seed=2).float())
-    got, a, b = common.health(h, 3 * z1, z2, "labels"), z1.double().numpy(), z2.double().numpy()
+    got, a, b = common.health(h, 3 * z1, 2 * z2, "labels"), z1.double().numpy(), z2.double().numpy()
     assert close(got["alignment"], sum(((p - q) ** 2).sum() for p, q in zip(a, b)) / n, 1e-4)
     pairs = [np.exp(-2 * ((a[i] - a[j]) ** 2).sum()) for i in range(n) for j in range(i)]
     assert close(got["uniformity"], math.log(sum(pairs) / len(pairs)), 1e-4)
@@ -743,8 +743,10 @@ def test_health():
     angle = torch.linspace(0, 6, n)
     circle = F.pad(torch.stack([angle.cos(), angle.sin()], 1), (0, D - 2))
     point = F.normalize(z1[:1] + 1e-3 * z2)
+    sphere = F.pad(F.normalize(draw(n, 3, seed=3)).float(), (0, D - 3))  # 3 % of 80 are 2.4
     for z, verdict in ((point, "collapsed to a point"), (z1[:1].expand(n, -1), "collapsed to a"),
-                       (circle, "dimensional collapse"), (z1 * math.inf, "features are not")):
+                       (sphere, "healthy"), (circle, "dimensional collapse"),
+                       (z1 * math.inf, "features are not")):
         assert common.health(h, z, z)["verdict"].startswith(verdict)  # though h is as it was
     assert common.health(h * math.nan, z1, z2)["verdict"] == "features are not finite"
     assert common.health(h, z1, z1, name="p", least=1.1)["verdict"].startswith("collapsed to a poi")
@@ -902,6 +904,14 @@ def test_random_boxes_are_torchvisions(height, width):
         return max(kolmogorov_smirnov(*a, *b) for a, b in zip(statistics(ours), statistics(theirs)))
 
     assert furthest((0.08, 1.0)) < 1 < furthest((0.08, 0.25))
+
+
+def test_random_boxes_reach_every_place():
+    """A pixel of 3 x 4 is each of the twelve, and a box is no smaller than one."""
+    sizes = torch.tensor([[3, 4]]).expand(500, 2)
+    for scale in ((1 / 12, 1 / 12), (0.001, 0.001)):
+        boxes = common.random_boxes(sizes, scale, (1.0, 1.0))
+        assert (boxes[:, 2:] == 1).all() and len(boxes.unique(dim=0)) == 12
 
 
 def test_random_boxes_fall_back_to_the_centre():

@@ -132,6 +132,7 @@ def test_lars_equation():
     shapes, rates = [(4, 3), (2, 3, 2, 2), (5, 2), (4,)], (0.5, 0.2, 0.9, 0.1)
     weights = [draw(*s, seed=i) for i, s in enumerate(shapes)]
     weights[2].zero_()  # no trust ratio where there is no weight yet
+    weights[1] *= 1e-3  # however small it is
     grads = [[draw(*s, seed=10 * t + i + 5) for i, s in enumerate(shapes)] for t in range(4)]
     grads[0][2].zero_()
     params = [nn.Parameter(w.clone()) for w in weights]
@@ -151,6 +152,7 @@ def test_lars_equation():
     for mistake in ("rate before the momentum", "biases too", "no decay", "no trust",
                     "trust without the decay", "decay outside the trust"):
         assert not agrees(mistake), mistake
+    assert simclr.LARS(params, 1.0, 0.9, 0.0).eta == 0.001  # paper's code: EETA_DEFAULT
 
 
 def test_lr_at():
@@ -183,7 +185,7 @@ def test_augmentation_is_the_papers():
     assert (y1 == y2).flatten(1).all(1).float().mean() < 0.2  # the two views have own draws
     args.no_color, args.blur, args.no_crop = True, 0.0, True
     assert len(simclr.augment([x], args)[0].unique(dim=0)) == 2  # mirrored or not
-    assert simclr.crops(args)[0].ratio is None and simclr.crops(args)[0].count == 2
+    assert simclr.crops(args) == [common.Crop(16, 1.0, None, 2)]
 
 
 def test_augmentation_has_the_papers_numbers(monkeypatch):
@@ -214,6 +216,23 @@ def test_model():
     official = torchvision.models.resnet50().state_dict()
     assert {k: v.shape for k, v in resnet50.items()} == {
         k: v.shape for k, v in official.items() if not k.startswith("fc.")}
+
+
+def test_encoder():
+    """Four convolutions, narrow or wide; a ResNet whose 3x3 stem keeps every pixel of small images
+    (SimCLR, Appendix B.9)."""
+    for arch, widths, strides in (("convnet", (24, 48, 96, 96), (2, 2, 2, 1)),
+                                  ("convnet_wide", (48, 96, 192, 384), (2, 2, 2, 2))):
+        net = simclr.encoder(arch, "7x7")
+        found = [m for m in net if isinstance(m, nn.Conv2d)]
+        assert [m.out_channels for m in found] == [*widths] and net.dim == widths[-1]
+        assert [m.stride[0] for m in found] == [*strides]
+        assert all(m.kernel_size == (3, 3) and m.padding == (1, 1) for m in found)
+    x = torch.zeros(2, 3, 32, 32)
+    for stem, side in (("3x3", 32), ("7x7", 8)):
+        net, sides = simclr.encoder("resnet18", stem), []
+        net.layer1.register_forward_hook(lambda m, i, o: sides.append(o.shape[-1]))  # noqa: B023
+        assert net(x).shape == (2, 512) and sides == [side] and net.conv1.bias is None
 
 
 @pytest.mark.parametrize("arch", simclr.NETS["choices"])
