@@ -302,7 +302,7 @@ class Run:
         self.folder = self._claim(args.out or name + ("-eval" if args.eval else ""))
         self.step, self.seconds, self.rows, self.rates, self.chance = 0, 0.0, [], {}, {}
         self.sums, self.bar, self.signal, self.stopped = None, None, 0, 0
-        self.handlers, self.saved = {}, time.perf_counter()
+        self.handlers, self.saved = contextlib.ExitStack(), time.perf_counter()
         self.every = 10 if self.device.type == "cuda" else 1  # to read from a GPU is to wait for it
         print(f"{args.method} on {args.dataset}, {self.world} x {self.name}, "
               f"{self.dtype or torch.float32}, to {printable(self.folder)}")
@@ -363,7 +363,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, _):
-        self._restore_handlers()
+        self.handlers.close()
         if kind and self.step == 0 and not self.args.resume and main_process():
             (self.folder / "args.json").unlink(missing_ok=True)  # the folder is free again
         if kind is KeyboardInterrupt:
@@ -450,18 +450,15 @@ class Run:
         self.per_epoch, self.steps = data.per_epoch, data.per_epoch * self.args.epochs
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self.handlers[number] = signal.signal(number, self._catch)
+                before = signal.signal(number, self._catch)
+                self.handlers.callback(signal.signal, number, before)
         yield from range(self.step // self.per_epoch, 0 if self.args.eval else self.args.epochs)
-        self._restore_handlers()
+        self.handlers.close()
 
     def _catch(self, number, frame):
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-
-    def _restore_handlers(self):
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
 
     def batches(self, data, epoch, crops):
         """(step, views) for what is left of an epoch; ends early after a signal."""
@@ -483,13 +480,13 @@ class Run:
         processes; numbers, such as rates, are noted as they are. The first tensor is the loss."""
         terms = {k: v.detach().float() for k, v in figures.items() if torch.is_tensor(v)}
         self.rates = {k: v for k, v in figures.items() if k not in terms}
-        self.terms, n = [*terms], len(terms)
+        self.terms = [*terms]
         if self.sums is None:
-            self.sums = torch.zeros(n + 2, device=self.device)
+            self.sums = torch.zeros(len(terms) + 2, device=self.device)
         means = self.mean(torch.stack([*terms.values()]))
-        self.sums[:n] += torch.where(ok, means, 0)
-        self.sums[n] += ok  # good steps
-        self.sums[n + 1] = torch.where(ok, 0, self.sums[n + 1] + 1)  # failed ones in a row
+        self.sums[:-2] += torch.where(ok, means, 0)
+        self.sums[-2] += ok  # good steps
+        self.sums[-1] = torch.where(ok, 0, self.sums[-1] + 1)  # failed ones in a row
         self.step += 1
         if self.step % self.every == 0:
             self._look()
@@ -564,8 +561,8 @@ class Run:
 
     def _shape(self):
         """The options that shape a run, and so have to be the same when it is resumed."""
-        free = ("resume out device dataset data_dir labelled workers memory_limit compile "
-                "eval_every knn_k knn_tau embed").split()
+        free = ("resume out init random_head device dataset data_dir labelled workers "
+                "memory_limit compile eval_every knn_k knn_tau embed").split()
         options = {k: v for k, v in vars(self.args).items() if k not in free}
         return options | {"processes": self.world}
 
@@ -605,7 +602,7 @@ class Run:
                 if prefix + "linear" in tops:
                     linear, nearest = tops[prefix + "linear"], tops[prefix + "knn"]
                     print(f"{label:36} {linear:8.1f} {nearest:6.1f}")
-        elif self.rows and not test:
+        if self.rows and not test:
             self.rows[-1] |= results
         return results
 
@@ -710,8 +707,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     mean: of the input of net, compared with that of the file (ImageNet's where it names none).
     Heads that a file of weights alone does not have stay random: then it returns False.
     """
-    path = args.init or args.eval
-    if not path:
+    path = args.eval or args.init
+    if not path or (args.resume and not args.eval):  # what is resumed has weights of its own
         return True
     weights = read_checkpoint(path)
     is_run = "method" in weights and isinstance(weights.get("state"), dict)
@@ -816,8 +813,7 @@ def export(f, data, crops, run):
     the file, or a number), split and label (-1: unknown), each (n,); without broken files."""
     if not run.args.embed:
         return
-    read = {"train": lambda: data.train, "val": lambda: data.val[0], "test": lambda: data.test[0]}
-    splits = {k: read[k]() for k in data.parts}
+    splits = {"train": data.train} | {k: getattr(data, k)[0] for k in data.parts if k != "train"}
     features, columns = [], {"name": [], "split": [], "label": []}
     for split, images in splits.items():
         every = torch.arange(len(images.labels))
@@ -1176,25 +1172,13 @@ def find_images(folder):
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = [f for f in folders if not hidden(f)]
+        folders[:] = sorted(f for f in folders if not hidden(f))
         files = [f for f in files if not hidden(f)]
         images = [os.path.join(path, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
         images = [f for f in images if os.path.isfile(f)]  # to open a pipe is to wait
         found += images
         others += len(files) - len(images)
     return sorted(found), others
-
-
-def by_class(folder, known=None):
-    """class -> files of folder/<class>/*, for those that have any. Images of a class that is not
-    known, or of none, are an error."""
-    _, folders, files = next(os.walk(folder), ("", [], []))
-    found = {c: f for c in sorted(folders) if not hidden(c) and (f := find_images(folder / c)[0])}
-    other = [c for c in found if c not in (known or found)]
-    other += [f for f in sorted(files) if not hidden(f) and Path(f).suffix.lower() in SUFFIXES]
-    if other and (known or found):
-        fail(f"{folder} has images of no class of train: {shortened(other)}")
-    return found
 
 
 def rgb(image):
@@ -1238,15 +1222,14 @@ def read_image(file, shorter):
 def read_all(files, shorter, memory_gb, workers):
     """read_image of all files, or None once they take more, padded to one size, than that."""
     images, largest = [], np.zeros(2)
-    pool = ThreadPoolExecutor(max(workers, 1))
-    for image in pool.map(read_image, files, [shorter] * len(files)):
-        images.append(image)
-        if not isinstance(image, str):
-            largest = np.maximum(largest, sorted(image.shape[:2]))
-        if len(images) * 3 * largest.prod() > memory_gb * 2**30:
-            images = None
-            break
-    pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for image in pool.map(read_image, files, [shorter] * len(files)):
+            images.append(image)
+            if not isinstance(image, str):
+                largest = np.maximum(largest, sorted(image.shape[:2]))
+            if len(images) * 3 * largest.prod() > memory_gb * 2**30:
+                pool.shutdown(cancel_futures=True)
+                return None
     return images
 
 
@@ -1343,20 +1326,26 @@ class Data:
             self._add(split, [np.array(image) for image in images], torch.tensor(labels))
 
     def _find_in_folder(self, root):
-        folders = sorted(next(os.walk(root), ("", [], []))[1])
-        splits = {f: SPLITS.get(f.lower()) for f in folders if not hidden(f)}
-        top = next((root / f for f, split in splits.items() if split == "train"), root)
-        classes = by_class(top) if top != root else {}
-        entered = [f for f in splits if splits[f] and classes]
-        entered.sort(key=lambda f: [*SPLITS].index(f.lower()))  # train first
-        for f in entered:
-            found = classes if root / f == top else by_class(root / f, classes)
-            labels = [i for i, c in enumerate(classes) for _ in found.get(c, [])]
-            self._add(splits[f], [f for c in found.values() for f in c], torch.tensor(labels))
-        self.classes = [*classes]
+        folders = sorted(f for f in next(os.walk(root), ("", [], []))[1] if not hidden(f))
+        splits = [f for name in SPLITS for f in folders if f.lower() == name]  # train first
+        top = root / splits[0] if "train" in map(str.lower, splits) else root
         files, others = find_images(top)
         if not files:
             fail(f"no images of a format that Pillow reads in {top}")
+        place = len(top.parts)  # of the class in the path of a file
+        names = {f.split(os.sep)[place] for f in files if top != root and f.count(os.sep) > place}
+        classes = {c: label for label, c in enumerate(sorted(names))}
+        self.classes = [*classes]
+        entered = splits if classes else []
+        for split in entered:
+            found = files if root / split == top else find_images(root / split)[0]
+            of = {f: f.split(os.sep)[place] for f in found}
+            other = sorted({*of.values()} - {*classes})  # also images beside the folders
+            if other:
+                fail(f"{root / split} has images of no class of train: {shortened(other)}")
+            found.sort(key=of.get)
+            labels = torch.tensor([classes[of[f]] for f in found])
+            self._add(SPLITS[split.lower()], found, labels)
         if not classes:
             self._add("train", files, torch.full((len(files),), -1))
         if classes and "test" not in self.parts:  # ImageNet's validation split is the test
@@ -1364,7 +1353,7 @@ class Data:
         kinds = [f"no train/<class>/*, so no labels: all of {top} is for training",
                  "one class only, so accuracies say nothing", f"{len(classes)} classes"]
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
-        unused = sorted({*splits} - {*entered, top.name}) if top != root else []
+        unused = sorted({*folders} - {*entered, top.name}) if top != root else []
         print(printable(f"{root}: {kinds[min(len(classes), 2)]}; images: {counts}; {others} other "
                         f"files ignored, folders not entered: {shortened(unused)}"))
         sample = [read_image(f, 1024) for f in files[:: len(files) // 64 + 1]]
@@ -1410,10 +1399,9 @@ class Data:
     def splits(self, test, most=math.inf):
         """(images, index) of fit and val, or of fit, val and test; at most so many of each, from
         all over it."""
-        probed, splits = self.probed, []
-        for images, index in [probed.fit, probed.val] + ([probed.test] if test else []):
-            splits.append((images, thinned(index, most)))
-        return splits
+        names = ["fit", "val", "test"] if test else ["fit", "val"]
+        parts = [getattr(self.probed, name) for name in names]
+        return [(images, thinned(index, most)) for images, index in parts]
 
     def load(self, split):
         """The Images of a split: in memory, on the device, or as files where that would take more
@@ -1435,8 +1423,8 @@ class Data:
             good = [i for i, x in enumerate(items) if not isinstance(x, str)]
             good = good or fail(f"none of the {len(files)} {split} images can be read")
             items, labels, names = [items[i] for i in good], labels[good], [names[i] for i in good]
-        sizes = torch.tensor([image.shape[:2] for image in items])
-        return Images(labels, pad(items, sizes).to(device), sizes.to(device), names=names)
+        pixels, sizes = (t.to(device) for t in pad(items))
+        return Images(labels, pixels, sizes, names=names)
 
     def epoch(self, number, first, batch_size, crops, run, seed):
         """Batches of a shuffled pass over the training images from batch `first` on; with several
@@ -1466,15 +1454,16 @@ def hold_out(labels):
     return torch.cat(kept), torch.cat(tenth)
 
 
-def pad(images, sizes):
-    """List of arrays (H, W[, 3]) uint8 of sizes (N, 2) -> (N, 3, longest, widest): images that are
+def pad(images):
+    """List of arrays (H, W[, 3]) uint8 -> (N, 3, longest, widest), and their sizes (N, 2): those
     wider than high lie transposed, as padding all to one size would double the work otherwise."""
+    sizes = torch.tensor([image.shape[:2] for image in images])
     pixels = torch.zeros(len(images), 3, sizes.amax(), sizes.amin(1).amax(), dtype=torch.uint8)
     for place, image in zip(pixels, images):
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
         image = image.mT if image.shape[1] < image.shape[2] else image
         place[:, : image.shape[1], : image.shape[2]] = image  # grey: one channel for three
-    return pixels
+    return pixels, sizes
 
 
 # ==================================================================================================
@@ -1548,7 +1537,6 @@ def stream(images, chunks, workers, ahead=3):
             index, arrays = zip(*(future.result() for future in reading.pop(0)))
             reading += [start(chunk) for chunk in chunks[n + ahead : n + ahead + 1]]
             _ = [fail(reason) for reason in arrays if isinstance(reason, str)]  # no file is left
-            sizes = torch.tensor([image.shape[:2] for image in arrays])
-            yield pad(arrays, sizes), sizes, torch.tensor(index)
+            yield *pad(arrays), torch.tensor(index)
     finally:
         pool.shutdown(cancel_futures=True)

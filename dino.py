@@ -26,7 +26,7 @@ Where this file departs from the paper and the released code:
   - tau_t is scheduled by steps (released code: by epochs). Warm-ups are shares of the run, and the
     rate goes from above 0 to 0 (released code: from 0 to 1e-6). m starts lower on short runs.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
-    tenth of the view wide (released code: Pillow's, without a limit), which cuts it in local views.
+    tenth of the view wide (released code: Pillow's three box blurs, without a limit).
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
   - The built-in set, made for a CPU, has a small ViT that begins with convolutions (Xiao et al.
     2021), batch norm in the head (an option of the released code), few classes K and a colder
@@ -131,7 +131,8 @@ CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 
 
 def crops(args):
     """Multi-crop: two global and L local crops of every image (paper, Section 3.1)."""
-    ratio, s = (3 / 4, 4 / 3), args.global_scale
+    ratio = (3 / 4, 4 / 3)
+    s = args.global_scale
     views = [common.Crop(args.image_size, (s, 1.0), ratio, count=2)]
     if args.local_crops:
         views.append(common.Crop(args.local_size, (args.local_scale, s), ratio, args.local_crops))
@@ -360,9 +361,11 @@ def check(args, steps):
 def train(args, run):
     """-> the trained teacher (with --eval: the loaded one) and the data."""
     data = common.load_data(args, OPTIONS, run, CPU)
-    N, K = args.batch_size, args.out_dim
+    N = args.batch_size
+    K = args.out_dim
     steps = args.epochs * data.per_epoch
-    warmup, peak = round(args.warmup * steps), args.lr * N / 256
+    warmup = round(args.warmup * steps)
+    peak = args.lr * N / 256
     if not args.eval:
         print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
     check(args, steps)
@@ -378,7 +381,8 @@ def train(args, run):
     net_ema.requires_grad_(False)  # stop-gradient: the teacher only follows, by moving average
     net.head.last_layer.weight_g.requires_grad_(not args.norm_last_layer)
     center = torch.zeros(1, K, device=run.device)
-    student, teacher = run.parallel(net), run.compiled(net_ema)
+    student = run.parallel(net)
+    teacher = run.compiled(net_ema)
     aug = run.compiled(augment)
 
     # -- optimiser
@@ -465,7 +469,7 @@ def regression_path(x, y, x_test, y_test, penalties):
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    hessian = x.T @ x / len(x)  # about ten times that of the loss
+    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
     hessian.diagonal().add_(0.3)  # with a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

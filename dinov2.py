@@ -96,7 +96,7 @@ VITS = {  # width, depth, heads, feed-forward network of the released ones
     "vit_large": (1024, 24, 16, "mlp"),
     "vit_giant": (1536, 40, 24, "swiglu"),
 }
-BELOW_1 = number(float, 0, 0.99)
+DROP = number(float, 0, 0.99)
 WEIGHT = number(float, 0)
 PAIR = SHARE | {"nargs": 2}
 SHARES = SHARE | {"nargs": 3}
@@ -131,7 +131,7 @@ OPTIONS = {  # fmt: skip
     "patch_size":             (8,          4,          14,         FROM_1,   "P, pixels"),
     "ffn":                    (released,   released,   released,   "mlp|swiglu", "feed-forward"),
     "layer_scale":            (1.0,        1e-5,       1e-5,       POSITIVE, "gamma at the start"),
-    "drop_path":              (0.0,        0.1,        0.3,        BELOW_1,  "share left out"),
+    "drop_path":              (0.0,        0.1,        0.3,        DROP,     "share left out"),
     "registers":              (0,          0,          0,          FROM_0,   "R (Darcet 2023: 4)"),
     "checkpoint_activations": (False,      False,      False,      FLAG,     "less memory"),
     "out_dim":                (128,        4096,       65536,      FROM_2,   "K, prototypes"),
@@ -687,7 +687,7 @@ def regression_path(x, y, x_test, y_test, penalties):
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    hessian = x.T @ x / len(x)  # about ten times that of the loss
+    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
     hessian.diagonal().add_(0.3)  # with a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

@@ -32,7 +32,7 @@ Where this file departs from the paper and the released code:
     shares of the run, and the rate goes from above 0 to 0 (released code: from 0 to 1e-6). In short
     runs m starts lower (released code: 0.996).
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
-    tenth of the view wide (released code: Pillow's, without a limit), which cuts it in local views.
+    tenth of the view wide (released code: Pillow's three box blurs, without a limit).
   - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
   - The built-in set, made for a CPU, has batch norm in the head, one for each of two layers, over
     class tokens and over patches (an option of the released code, which has the same one twice,
@@ -72,8 +72,10 @@ VITS = {  # width, depth, heads
     "vit_base": (768, 12, 12),
     "vit_large": (1024, 24, 16),
 }
-DROP, PAIR = number(float, 0, 0.99), SHARE | {"nargs": 2}
-NO_BLUR, BLUR = (0.0, 0.0, 0.0), (1.0, 0.1, 0.5)  # probabilities in u, v and local views
+DROP = number(float, 0, 0.99)
+PAIR = SHARE | {"nargs": 2}
+NO_BLUR = (0.0, 0.0, 0.0)  # probabilities in u, v and local views
+BLUR = (1.0, 0.1, 0.5)
 SHARES = SHARE | {"nargs": 3}
 
 
@@ -137,7 +139,8 @@ CPU = {"out_dim": 1024, "tau_t": 0.04, "tau_t_patch": 0.04, "local_size": local_
 
 def crops(args):
     """Multi-crop: two global and L local crops of every image (paper, Appendix B)."""
-    ratio, s = (3 / 4, 4 / 3), args.global_scale
+    ratio = (3 / 4, 4 / 3)
+    s = args.global_scale
     views = [common.Crop(args.image_size, (s, 1.0), ratio, count=2)]
     if args.local_crops:
         views.append(common.Crop(args.local_size, (args.local_scale, s), ratio, args.local_crops))
@@ -465,7 +468,7 @@ def check(args, steps):
     patches = (args.image_size // args.patch_size) ** 2
     if patches * max(args.mask_ratio) < 1:
         common.fail("--mask-ratio hides none of so few patches: raise it or --image-size")
-    if patches * min(args.mask_ratio) < 1 or patches == 1:
+    if patches * min(args.mask_ratio) < 1:
         print("warning: some masks hide no patch, so L_MIM begins below chance")
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
@@ -478,9 +481,11 @@ def check(args, steps):
 def train(args, run):
     """-> the trained teacher (with --eval: the loaded one) and the data."""
     data = common.load_data(args, OPTIONS, run, CPU)
-    N, K = args.batch_size, args.out_dim
+    N = args.batch_size
+    K = args.out_dim
     steps = args.epochs * data.per_epoch
-    warmup, peak = round(args.warmup * steps), args.lr * N / 256
+    warmup = round(args.warmup * steps)
+    peak = args.lr * N / 256
     if not args.eval:
         print(f"{steps:,} steps, {warmup:,} of warm-up to lr {peak:.3g} = {args.lr:g} * {N} / 256")
     check(args, steps)
@@ -497,7 +502,8 @@ def train(args, run):
     last_layers = nn.ModuleList([net.head.last_layer, net.head.last_layer2])
     center = torch.zeros(1, K, device=run.device)
     center_patch = torch.zeros(1, 1, K, device=run.device)
-    student, teacher = run.parallel(net), run.compiled(net_ema)
+    student = run.parallel(net)
+    teacher = run.compiled(net_ema)
     aug = run.compiled(augment)
 
     # -- optimiser
@@ -591,7 +597,7 @@ def regression_path(x, y, x_test, y_test, penalties):
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    hessian = x.T @ x / len(x)  # about ten times that of the loss
+    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
     hessian.diagonal().add_(0.3)  # with a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

@@ -29,14 +29,15 @@ that --bn-splits makes do the same.
 Where this file departs from the papers and the released code:
   - The last f_k has one momentum update more than that of the released code, which makes it before
     the keys are encoded, not after the SGD step as in Algorithm 1. All keys are the same.
-  - Small sets have fewer keys (keys), short runs a smaller m (momentum_k). K need not be a
-    multiple of N, as the queue wraps around (released code: it must be).
+  - Small sets have fewer keys (keys), short runs on larger images a smaller m (momentum_k). K need
+    not be a multiple of N, as the queue wraps around (released code: it must be).
   - The cosine goes by steps (released code: by epochs).
-  - The blur has a kernel a tenth of the image wide (released code: Pillow's, without a limit).
-  - Images up to 64 pixels follow the released CIFAR-10 demo, but with the head of v2 and ImageNet's
-    mean and deviation. A part of the batch is a run of images (demo: every 8th image).
+  - The blur is a Gaussian a tenth of the image wide, edges reflected (released code: Pillow's three
+    box blurs, edges repeated).
+  - With a GPU images up to 64 pixels follow the released CIFAR-10 demo, but with the head of v2 and
+    ImageNet's mean and deviation. A part of the batch is a run of images (demo: every 8th image).
   - The linear probe is a regression on features of central crops (papers: SGD on random crops).
-  - The built-in set has a recipe of its own, sized for a CPU.
+  - The built-in set, and small images without a GPU, have recipes of their own, sized for a CPU.
 
     python moco.py      52 s on 2 CPU cores; mean of three seeds: 96.8 % linear, 88.6 % k-NN; the
                         untrained network has 38.2 and 31.3 %, raw pixels have 27.0 and 38.2 %
@@ -70,10 +71,10 @@ def keys(args, n):
 
 
 def momentum_k(args, n):
-    """m of a run on n images: a half-life of at most a twentieth of its steps, at least 0.9 and at
-    most 0.999, as in the papers, or 0.99 for views up to 64 pixels, as in the CIFAR-10 demo."""
+    """m of a run on n images: 0.99 for views up to 64 pixels, as in the CIFAR-10 demo; else a
+    half-life of at most a twentieth of its steps, from 0.99 to 0.999, as in the papers."""
     most = 0.999 if args.image_size > 64 else 0.99
-    return min(most, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
+    return min(most, max(0.99, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones
@@ -100,7 +101,8 @@ OPTIONS = {  # fmt: skip
     "m":            (momentum_k, momentum_k, momentum_k, SHARE,         "momentum (0 fails)"),
 }
 # Without a GPU images up to 64 pixels have the first column, except for:
-CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1.5e6), "queue": 1024}
+CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1.5e6),
+       "queue": lambda args, n: min(1024, keys(args, n))}
 
 # ==================================================================================================
 # Augmentation
@@ -338,11 +340,11 @@ def query_encoder(weights, net):
 
 def check(args, per_epoch, world):
     """Say what cannot work or is known to go wrong before hours are spent on it."""
+    if args.eval:
+        return
     N, K, splits = args.batch_size, args.queue, args.bn_splits
     half_life = math.log(0.5) / math.log(min(max(args.m, 1e-9), 1 - 1e-9)) / per_epoch
     print(f"{K:,} keys are {K / args.images:.2g} epochs, half-life of f_k: {half_life:.2g} epochs")
-    if args.eval:
-        return
     if K < N:
         common.fail(f"--queue {K} has to be at least the batch size, {N}")
     if N % splits or splits % world or 2 * splits > N:
@@ -350,8 +352,8 @@ def check(args, per_epoch, world):
                     f"images, and be a multiple of the number of processes, {world}")
     if K > args.images:
         print("warning: the queue holds more keys than there are images, lower --queue")
-    if half_life > args.epochs / 10:
-        print("warning: the half-life of f_k is over a tenth of the run, lower --m")
+    if half_life > args.epochs:
+        print("warning: the half-life of f_k is longer than the run, raise --epochs or lower --m")
 
 
 def train(args, run):
@@ -447,7 +449,7 @@ def regression_path(x, y, x_test, y_test, penalties):
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    hessian = x.T @ x / len(x)  # about ten times that of the loss
+    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
     hessian.diagonal().add_(0.3)  # with a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

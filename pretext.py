@@ -540,7 +540,8 @@ class SplitBrain(nn.Module):
     def blind(self, target):
         Z, light = target
         lights = F.one_hot(light, 100).movedim(3, 1)
-        p = torch.cat([Z, lights], 1).mean((0, 2, 3), keepdim=True)
+        both = torch.cat([Z, lights], 1)
+        p = both.mean((0, 2, 3), keepdim=True)
         return p.clamp(min=1e-12).log().expand(len(Z), -1, *Z.shape[2:])
 
     def forward(self, x):
@@ -900,7 +901,7 @@ def regression_path(x, y, x_test, y_test, penalties):
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    hessian = x.T @ x / len(x)  # about ten times that of the loss
+    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
     hessian.diagonal().add_(0.3)  # with a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

@@ -18,15 +18,17 @@ Symbols: x1, x2 (N, 3, S, S) in [0, 1]; h (2N, d); z (2N, D), with halves z1 and
 The paper numbers the two views of image k as 2k - 1 and 2k; here they are k and k + N.
 
 Where this file departs from the paper and the released code:
-  - Crops are resized bilinearly, with antialiasing (released code: bicubic). Where ten random boxes
-    do not fit, the crop is central (released code: where 100 do not, the whole image). Every image
-    is blurred by a deviation of its own, with reflected edges (released code: one a batch, zeros).
+  - Crops are resized bilinearly, with antialiasing (released code: bicubic). Areas are uniform from
+    0.08 on, as in the paper (released code: heights are, and areas from 0.1 on, so crops are
+    smaller). Contrast is around the mean grey and saturation a blend with grey, as in the paper's
+    PyTorch code (released code: around the mean of each channel, a factor in HSV). Every image is
+    blurred by a deviation of its own, with reflected edges (released code: one a batch, zeros).
   - g has two layers, as in the paper, batch norm after the first alone and PyTorch's initialisation
     (released code: three layers by default, batch norm after each, normal with deviation 0.01). The
     last batch norm of a residual block starts at one (released code: at zero).
   - LARS multiplies by the learning rate after the momentum (released code: before). The two are
-    the same while the rate is constant. SGD decays all parameters (released code: not those of
-    batch norm).
+    the same while the rate is constant. SGD decays all parameters and has no Nesterov momentum
+    (released code: not those of batch norm, and with it).
   - Warm-up is a share of the run and starts above 0 (released code: at 0).
   - The loss is the mean over the 2N anchors, as in the paper (released code: twice that).
   - Small images are trained by SGD with temperature 0.2 (released command for CIFAR-10: LARS, 0.5).
@@ -56,6 +58,13 @@ from common import FLAG, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
 
 NETS = one_of(["convnet", "convnet_wide", "resnet18", "resnet34", "resnet50"])
 
+
+def rate(args, n):
+    """--lr of larger images: for LARS 0.075 sqrt(N) in all, better than a linear rate where N is
+    small (paper, Appendix B.1), for SGD 0.3."""
+    return 19.2 / math.sqrt(args.batch_size) if args.optimizer == "lars" else 0.3
+
+
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones
 # (the paper's ImageNet setting, but for N). common.py adds --dataset, --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
@@ -74,7 +83,7 @@ OPTIONS = {  # fmt: skip
     "epochs":       (12,         200,        100,        FROM_1,            "passes over the set"),
     "batch_size":   (64,         512,        256,        FROM_2,            "N (paper: 4096)"),
     "optimizer":    ("sgd",      "sgd",      "lars",     "sgd|lars",        "(paper: lars)"),
-    "lr":           (0.2,        0.3,        0.3,        POSITIVE,          "peak, times N / 256"),
+    "lr":           (0.2,        0.3,        rate,       POSITIVE,          "peak, times N / 256"),
     "weight_decay": (1e-4,       1e-4,       1e-6,       SHARE,             "L2 penalty"),
     "warmup":       (0.1,        0.1,        0.1,        SHARE,             "share of the steps"),
 }
@@ -106,7 +115,7 @@ def augment(views, args):
             x = common.color_jitter(x, 0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8)
             x = common.grey(x, p=0.2)
         if args.blur:
-            taps = args.image_size // 20 * 2 + 1  # size of the kernel: odd, a tenth of the image's
+            taps = args.image_size // 20 * 2 + 1  # odd, a tenth of the image
             x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=args.blur)
         augmented.append(x)
     return augmented
@@ -229,7 +238,7 @@ def lr_at(step, steps, warmup, peak):
 
 def check(args):
     """Warn of what is known to go wrong before hours are spent on it."""
-    if args.batch_size < 64:
+    if args.batch_size < 64 and not args.eval:
         print("warning: a batch of fewer than 64 images has few negatives, raise --batch-size")
 
 
@@ -264,10 +273,10 @@ def train(args, run):
             lr = lr_at(step, steps, warmup, peak)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            x1, x2 = aug(views, args)  # (N, 3, S, S) each
+            x1, x2 = aug(views, args)  # (n, 3, S, S) each, n images of this process
             with run.autocast():
-                _, z = model(torch.cat([x1, x2]))  # (2N, D)
-            z1, z2 = z.float().chunk(2)  # (N, D) each
+                _, z = model(torch.cat([x1, x2]))  # (2n, D)
+            z1, z2 = z.float().chunk(2)  # (n, D) each
             loss = nt_xent(run.gather(z1), run.gather(z2), args.temperature)  # of all GPUs
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -313,7 +322,7 @@ def regression_path(x, y, x_test, y_test, penalties):
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    hessian = x.T @ x / len(x)  # about ten times that of the loss
+    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
     hessian.diagonal().add_(0.3)  # with a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

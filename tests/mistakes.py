@@ -323,7 +323,7 @@ MISTAKES = [
             IBOT + "test_algorithm_1",
             "The masks were drawn and not handed to the student: the patch loss falls at once.",
             "lightly-ai/lightly-train#111"),
-    Mistake("your mask tokens have no positions", "ibot.py", "IBOT.tokens",
+    Mistake("your mask tokens have no positions", "ibot.py", "IBOT.masked_tokens",
             "x = torch.where(masks.unsqueeze(1), embed, x)",
             "p = self.backbone.pos_embed[:, 1:].mT.unflatten(2, x.shape[2:])\n"
             "            x = torch.where(masks.unsqueeze(1), embed - p, x)",

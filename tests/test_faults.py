@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from test_common import TRAIN, opened, saved, stopped_after, tiny, tree
-from tools import ROOT, TINY, fails, options, refused
+from tools import ROOT, TINY, fails, options, refused, train
 
 import common
 import moco
@@ -159,6 +159,21 @@ def test_a_refused_resume_changes_nothing(tmp_path, capsys):
         argv = [*TINY, "--epochs", "1", "--seed", "3", "--out", folder, "--resume"]
         assert words in refused(file, argv, capsys)
     assert before == {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+def test_what_a_run_started_from_is_not_needed_to_resume_it(tmp_path):
+    class Stopping(common.Run):
+        def save(self, state):
+            self.signal = 15 if self.step == self.per_epoch else 0
+            super().save(state)
+
+    argv = [*TINY, "--epochs", "2", "--out", f"{tmp_path / 'run'}"]
+    simclr.main([*TINY, "--epochs", "1", "--out", f"{tmp_path / 'first'}"])
+    file = tmp_path / "first" / "backbone.pt"
+    with pytest.raises(SystemExit):
+        train(simclr, [*argv, "--init", f"{file}"], Stopping)
+    file.unlink()
+    assert simclr.main([*argv, "--init", f"{file}", "--resume"])["epochs"] == 2
 
 
 def test_a_random_head_has_no_verdict(tmp_path):

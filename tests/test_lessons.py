@@ -199,7 +199,7 @@ def test_answers_of_vits_and_tasks():
             for name, top1 in (("student", 30), ("teacher", 35))]
     means = shared.over_seeds(rows, ["m", "epoch", "network"], ["knn_top1"])
     text = teacher.answer(rows, means)
-    assert "+5.0 ± 0.0 points" in text and text.startswith("Not")
+    assert "5.0 ± 0.0 points ahead of" in text and text.startswith("Not")
     fallen = [row | {"knn_top1": 20 + row["seed"]} if row["m"] == teacher.ZERO else row
               for row in rows]
     means = shared.over_seeds(fallen, ["m", "epoch", "network"], ["knn_top1"])

@@ -306,13 +306,14 @@ def test_queue_and_momentum_shrink_with_the_data():
     for n, size, K in ((4000, 32, 500), (50000, 32, 4096), (50000, 65, 6250), (300, 32, 64),
                        (1281167, 224, 65536)):
         assert moco.keys(given(image_size=size), n) == K
-    for epochs, batch, n in ((12, 64, 4000), (20, 128, 5000)):
-        m = moco.momentum_k(given(epochs=epochs, batch_size=batch), n)
-        assert 0.9 < m < 0.99 and close(m ** (epochs * n / batch / 20), 0.5)
-    assert moco.momentum_k(given(epochs=1), 640) == 0.9
-    for size, m in ((64, 0.99), (65, 0.999)):
-        args = given(epochs=200, batch_size=512, image_size=size)
-        assert moco.momentum_k(args, 1281167) == m
+    for epochs, batch, n in ((100, 64, 4000), (50, 128, 20000)):
+        m = moco.momentum_k(given(epochs=epochs, batch_size=batch, image_size=65), n)
+        assert 0.99 < m < 0.999 and close(m ** (epochs * n / batch / 20), 0.5)
+    for epochs, n, size, m in ((1, 640, 32, 0.99), (1, 640, 65, 0.99), (200, 1281167, 64, 0.99),
+                               (200, 1281167, 65, 0.999)):
+        args = given(epochs=epochs, batch_size=512, image_size=size)
+        assert moco.momentum_k(args, n) == m
+    assert [moco.CPU["queue"](given(), n) for n in (400, 5000, 50000)] == [64, 625, 1024]
     large = {name: row[2] for name, row in moco.OPTIONS.items()}  # the papers' ImageNet setting
     assert [large[k] for k in "arch dim temperature lr batch_size weight_decay".split()] == [
         "resnet50", 128, 0.2, 0.03, 256, 1e-4]
@@ -344,7 +345,7 @@ def checked(capsys, **changed):
 def test_check(capsys):
     assert checked(capsys) == [] == checked(capsys, queue=16, m=0.0)
     assert "--queue" in checked(capsys, queue=49)[0]
-    assert checked(capsys, m=0.46) == [] and "--m" in checked(capsys, m=0.48)[0]  # 0.9 steps
+    assert checked(capsys, m=0.92) == [] and "--m" in checked(capsys, m=0.93)[0]  # 9 steps
     assert len(checked(capsys, queue=49, m=1.0)) == 2
     for changed in ({"queue": 15}, {"bn_splits": 3}, {"bn_splits": 16}, {"bn_splits": 32},
                     {"bn_splits": 1}):  # the last: fewer parts than processes
@@ -427,7 +428,7 @@ def test_released_weights(tmp_path, capsys):
 
     def load(path, head):
         net = moco.MoCo("resnet18", "7x7", head, 6).eval()
-        args = SimpleNamespace(init=path, eval=None, method="moco")
+        args = SimpleNamespace(init=path, eval=None, resume=False, method="moco")
         common.load_weights(net, args, renames=moco.RENAMES, adapt=moco.query_encoder)
         return net, capsys.readouterr().out
 
