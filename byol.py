@@ -268,7 +268,7 @@ def lr_at(step, steps, warmup, peak):
 
 
 def check(args, per_epoch):
-    """Say what is known to go wrong before hours are spent on it."""
+    """Before hours are spent, warn of what is known to go wrong."""
     if args.eval:
         return
     half_life = math.log(0.5) / math.log(min(max(args.m, 1e-9), 1 - 1e-9)) / per_epoch
@@ -306,7 +306,7 @@ def train(args, run):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "net_ema": net_ema, "optimizer": optimizer, "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
-    undo = common.Undo(net, net_ema)  # batch norm's statistics, should a step fail
+    undo = common.Undo(net, net_ema)  # puts back batch norm's statistics after a skipped step
     run.chance = {"loss": 2.0}  # where nothing is learned: p and z are orthogonal
     stop_gradient = not args.no_stop_gradient
 

@@ -339,7 +339,7 @@ def clip_each(net, length):
 
 
 def check(args, steps):
-    """Say what cannot work or is known to go wrong before hours are spent on it."""
+    """Before hours are spent, say what cannot work or is known to go wrong."""
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if args.arch in VITS and least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")

@@ -539,7 +539,7 @@ def clip_modules(net, length):
 
 
 def check(args, steps):
-    """Say what cannot work or is known to go wrong before hours are spent on it."""
+    """Before hours are spent, say what cannot work or is known to go wrong."""
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
@@ -605,7 +605,7 @@ def train(args, run):
     state = {"net": net, "net_ema": net_ema, "centers": centers,
              "optimizer": optimizer, "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
-    undo = common.Undo(net, net_ema, centers)  # centres, batch norm: if a step fails
+    undo = common.Undo(net, net_ema, centers)  # puts back centres, batch norm after a skipped step
     cls_weight = 0.0 if args.no_class_loss else 1.0
     patch_weight = 0.0 if args.no_token_loss else 1.0
     even = math.log(args.out_dim)  # of equal prototypes; a view without a mask counts as 0

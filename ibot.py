@@ -452,7 +452,7 @@ def clip_each(net, length):
 
 
 def check(args, steps):
-    """Say what cannot work or is known to go wrong before hours are spent on it."""
+    """Before hours are spent, say what cannot work or is known to go wrong."""
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
@@ -515,7 +515,7 @@ def train(args, run):
              "center": center, "center_patch": center_patch,
              "optimizer": optimizer, "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
-    # batch norm's statistics, C and C', should a step fail
+    # puts back batch norm's statistics, C and C' after a skipped step
     undo = common.Undo(net, net_ema, center, center_patch)
     cls_weight = 0.0 if args.no_class_loss else 1.0
     patch_weight = 0.0 if args.no_token_loss else 1.0

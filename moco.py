@@ -83,7 +83,7 @@ OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed        meaning
     "v1":           (False,      False,      False,      FLAG,          "as in the first paper"),
     "arch":         ("convnet",  "resnet18", "resnet50", NETS,          "f_q, f_k"),
-    "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",     "3x3: no max-pooling"),
+    "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",     "3x3: no max-pool"),
     "head":         ("mlp",      "mlp",      "mlp",      "linear|mlp",  "v1: linear, v2: mlp"),
     "dim":          (128,        128,        128,        FROM_1,        "C, width of q and k"),
     "temperature":  (0.2,        0.1,        0.2,        POSITIVE,      "tau (v1: 0.07, v2: 0.2)"),
@@ -339,7 +339,7 @@ def query_encoder(weights, net):
 
 
 def check(args, per_epoch, world):
-    """Say what cannot work or is known to go wrong before hours are spent on it."""
+    """Before hours are spent, say what cannot work or is known to go wrong."""
     if args.eval:
         return
     N, K, splits = args.batch_size, args.queue, args.bn_splits
@@ -386,7 +386,7 @@ def train(args, run):
     state = {"net": net, "net_ema": net_ema, "queue": queue, "ptr": ptr, "optimizer": optimizer,
              "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
-    undo = common.Undo(net, net_ema, queue, ptr)  # and batch norm's statistics, if a step fails
+    undo = common.Undo(net, net_ema, queue, ptr)  # after a skipped step: batch norm, queue, ptr
     run.chance = {"loss": math.log(1 + K)}  # where nothing is learned
 
     for epoch in run.epochs(data):

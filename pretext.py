@@ -121,7 +121,7 @@ OPTIONS = {  # fmt: skip
     "shade":        (by_task(0.0, rotation=0.3), 0.0, 0.0, SHARE, "steepest slope of added light"),
     "permutations": (24,         100,        1000,       number(int, 2, 5040), "P of the jigsaw"),
     "arch":         ("convnet",  "resnet18", "resnet50", NETS,           "encoder f"),
-    "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",      "3x3: no max-pooling"),
+    "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",      "3x3: no max-pool"),
     "image_size":   (32,         64,         224,        PIXELS,         "S, side of a view"),
     "min_scale":    (0.5,        0.5,        0.3,        SHARE,          "least area of a crop"),
     "epochs":       (6,          100,        70,         FROM_1,         "passes over the set"),
@@ -137,7 +137,7 @@ OPTIONS = {  # fmt: skip
     "warmup":       (0.1,        0.1,        0.1,        SHARE,          "share of the steps"),
 }
 # Without a GPU images up to 64 pixels have the first column, but for (measured with rotation):
-CPU = {"shade": 0.0, "arch": "convnet_wide", "epochs": common.hour(1.5e5)}  # each is turned four ways
+CPU = {"shade": 0.0, "arch": "convnet_wide", "epochs": common.hour(1.5e5)}  # each turned four ways
 
 # ==================================================================================================
 # Augmentation
@@ -768,7 +768,7 @@ def lr_at(step, steps, warmup, peak):
 
 
 def check(args):
-    """Say what cannot work or is known to go wrong before hours are spent on it."""
+    """Before hours are spent, say what cannot work or is known to go wrong."""
     for guard in args.without:
         if guard not in GUARDS[args.task].split():
             common.fail(f"--without {guard}: the guards of {args.task} are {GUARDS[args.task]}")
@@ -836,7 +836,7 @@ def train(args, run):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "optimizer": optimizer, "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
-    undo = common.Undo(net)  # batch norm's statistics, should a step fail
+    undo = common.Undo(net)  # puts back batch norm's statistics after a skipped step
     if args.task in ("denoising", "inpainting"):
         net.chance = {"loss": sample.var(0, correction=0).mean().item()}  # of a mean image
     if hasattr(net, "blind"):

@@ -12,7 +12,7 @@ Algorithm 1 of the paper, for a batch of N images:
     z = g(h)                       projections                           SimCLR.forward
     s_ij = sim(z_i, z_j) / tau     similarities of all pairs             nt_xent
     L = mean_i -log( exp(s_ij) / sum_{k != i} exp(s_ik) )                nt_xent, j the partner of i
-    update f and g                 SGD, or LARS for large batches        train, LARS
+    update f and g                 SGD, or LARS for large batches        train, LARS, lr_at
 
 Symbols: x1, x2 (N, 3, S, S) in [0, 1]; h (2N, d); z (2N, D), with halves z1 and z2; s (2N, 2N).
 The paper numbers the two views of image k as 2k - 1 and 2k; here they are k and k + N.
@@ -237,7 +237,7 @@ def lr_at(step, steps, warmup, peak):
 
 
 def check(args):
-    """Warn of what is known to go wrong before hours are spent on it."""
+    """Before hours are spent, warn of what is known to go wrong."""
     if args.batch_size < 64 and not args.eval:
         print("warning: a batch of fewer than 64 images has few negatives, raise --batch-size")
 

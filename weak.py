@@ -107,7 +107,7 @@ OPTIONS = {  # fmt: skip
     "threshold":    (0.8,         0.95,        0.95,        SHARE,          "pseudo: certainty"),
     "strength":     (0.0,         0.5,         0.5,         SHARE,          "pseudo: of jitter"),
     "arch":         ("convnet",   "resnet18",  "resnet50",  NETS,           "encoder f"),
-    "stem":         ("7x7",       "3x3",       "7x7",       "3x3|7x7",      "3x3: no max-pooling"),
+    "stem":         ("7x7",       "3x3",       "7x7",       "3x3|7x7",      "3x3: no max-pool"),
     "image_size":   (32,          64,          224,         PIXELS,         "S, side of a view"),
     "min_scale":    (0.5,         0.5,         0.3,         SHARE,          "least area of a crop"),
     "epochs":       (12,          200,         60,          FROM_1,         "passes over the set"),
@@ -686,7 +686,7 @@ TOLD = dict(zip(NETWORKS, [labeling, bags, noisy, pseudo]))
 
 
 def check(args, data, run):
-    """Say what cannot work before hours are spent on it."""
+    """Before hours are spent, say what cannot work."""
     if args.labelled:
         common.fail("--labelled is for the probes of other files: weak labels are of the images")
     if args.eval:
@@ -743,7 +743,7 @@ def train(args, run):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     state = {"net": net, "optimizer": optimizer, "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
-    undo = common.Undo(net)  # batch norm's statistics, should a step fail
+    undo = common.Undo(net)  # puts back batch norm's statistics after a skipped step
     run.chance = {"loss": math.log(2 if args.task == "bags" else args.classes)}
     _, *others = NETWORKS[args.task]
 
