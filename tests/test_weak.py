@@ -533,7 +533,7 @@ def few(flags="", n=40, classes=4):
     return args, data, weak.pseudo(args, data, RUN)
 
 
-def test_views():
+def test_views(monkeypatch):
     """One crop of an image, for noisy all of it; for pseudo a weak and a strong one, of which the
     strong one alone has its colours changed."""
     for task, scales in (("labeling", [(0.5, 1.0)]), ("noisy", [1.0]),
@@ -544,6 +544,11 @@ def test_views():
         torch.manual_seed(0)
         kinds = [len(view.unique(dim=0)) for view in weak.augment([x] * len(scales), args)]
         assert kinds[0] == 2 and all(kind > 30 for kind in kinds[1:]), task
+    assert all(crop.ratio == (3 / 4, 4 / 3) for crop in weak.crops(args))
+    drawn = []  # the numbers of SimCLR, times the strength
+    monkeypatch.setattr(common, "color_jitter", lambda x, *given, p: drawn.append((*given, p)) or x)
+    weak.augment([x, x], args)
+    assert drawn == [(0.4, 0.4, 0.4, 0.1, 0.8)]
     args.strength = 0.0
     assert [len(view.unique(dim=0)) for view in weak.augment([x, x], args)] == [2, 2]
 
