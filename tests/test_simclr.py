@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +154,15 @@ def test_lars_equation():
                     "trust without the decay", "decay outside the trust"):
         assert not agrees(mistake), mistake
     assert simclr.LARS(params, 1.0, 0.9, 0.0).eta == 0.001  # paper's code: EETA_DEFAULT
+
+
+def test_rate():
+    """Paper, Appendix B.1: 0.3 N / 256 and 0.075 sqrt(N) are the same for 4,096 images."""
+    for N in (256, 4096):
+        lr = simclr.rate(SimpleNamespace(optimizer="lars", batch_size=N), 0)
+        assert close(lr * N / 256, 0.075 * math.sqrt(N))
+    assert close(lr, 0.3)
+    assert simclr.rate(SimpleNamespace(optimizer="sgd", batch_size=256), 0) == 0.3
 
 
 def test_lr_at():
