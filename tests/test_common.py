@@ -978,6 +978,16 @@ def test_single_operations_are_torchvisions():
         assert torch.equal(common.solarize(x, 1.0, threshold), TF.solarize(x, threshold))
 
 
+@pytest.mark.parametrize("name", [m for m in ("dino", "ibot", "dinov2") if m in METHODS])
+def test_small_local_views_are_blurred(name, monkeypatch):
+    """A kernel of one pixel, a tenth of 16, would leave them as they are."""
+    widths = []
+    monkeypatch.setattr(common, "blur", lambda x, sigma, taps, p: widths.append(taps) or x)
+    args = tools.completed(method(name), ["--blur", 0, 0, 1, "--local-crops", 1])
+    method(name).augment([torch.rand(2, 3, s, s) for s in (32, 32, 16)], args)
+    assert widths == [3]
+
+
 @pytest.mark.parametrize("op, versions", [
     (common.flip, 2), (common.grey, 2), (common.solarize, 2),
     (lambda x, p: common.blur(x, (0.3, 2.0), 5, p), None),

@@ -605,6 +605,22 @@ def test_the_best_answer_that_does_not_look(task, tmp_path):
     assert net.loss(torch.zeros_like(answer), target)["loss"] > run.chance["loss"] + 0.5
 
 
+def test_views_of_a_resumed_run_are_those_of_a_whole_one(tmp_path):
+    class Stopping(common.Run):
+        def save(self, state):
+            self.signal = 15 if self.step == self.per_epoch else 0
+            super().save(state)
+
+    argv = [*TINY, *"--epochs 2 --eval-every 0 --task denoising --out".split()]
+    train(pretext, [*argv, tmp_path / "whole"])
+    with pytest.raises(SystemExit):
+        train(pretext, [*argv, tmp_path / "parts"], Stopping)
+    stopped = (tmp_path / "parts" / "views.png").read_bytes()
+    train(pretext, [*argv, tmp_path / "parts", "--resume"])
+    resumed = (tmp_path / "parts" / "views.png").read_bytes()
+    assert stopped != resumed == (tmp_path / "whole" / "views.png").read_bytes()
+
+
 def test_grey_images_have_no_colours(tmp_path, capsys):
     (tmp_path / "set").mkdir()
     for i in range(24):
