@@ -40,7 +40,9 @@ from lessons import shared
 # does not say is of the released recipes: iBOT's before a change, and of the warm-ups (10 and 30
 # epochs of 800) DINOv2's after it (80 and 30 of 500).
 VALUES = ("toys", "small", "paper")
-BASE = {"image_size": (32, 32, 224), "local_size": (16, 16, 98)}  # of all rows
+BASE = {  # of all rows
+    "image_size": (32, 32, 224), "local_size": (16, 16, 98), "lr": (4e-3, 1e-3, 4e-3),
+    "m_end": 1.0}
 ROWS = {  # -> {option: values}, the slide's k-NN and linear top-1
     "iBOT reproduced": ({
         "layer_scale": 1.0, "drop_path": 0.0, "out_dim": (128, 1024, 8192), "koleo": 0.0,

@@ -16,12 +16,9 @@ Options that are not listed in --help go to dino.py. Writes lessons/teacher.csv,
 network and epoch, and lessons/teacher.png.
 """
 
-import copy
 import functools
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import common
@@ -44,19 +41,13 @@ class TwoNets(common.Run):
     def restore(self, state):
         super().restore(state)
         self.nets = {"student": state["net"], "teacher": state["net_ema"]}
-        self.average = copy.deepcopy(state["net_ema"])  # by this run's own m
+        if self.schedule == ZERO:
+            self.args.m = 0.0
+        self.args.m_end = 1.0 if self.schedule == RISING else self.args.m
 
     def epochs(self, data):
         self.data = data
         yield from super().epochs(data)
-
-    def log(self, ok, **figures):
-        """The end of a step; the teacher has just been moved by the m that rises."""
-        super().log(ok, **figures)
-        if self.schedule != RISING:
-            m = self.args.m if self.schedule == CONSTANT else 0.0
-            dino.ema_update(self.average, self.nets["student"], torch.where(ok, m, 1.0))
-            dino.ema_update(self.nets["teacher"], self.average, m=0.0)
 
     def end_epoch(self):
         due = super().end_epoch()

@@ -241,6 +241,14 @@ def test_momentum():
         assert close(dino.momentum(args, n), expected, 1e-12)
 
 
+def test_momentum_stays_on_the_built_in_set(tmp_path):
+    given = [("", None, None), ("--m 0.3", 0.3, 0.3), ("--m 0.3 --m-end 1", 0.3, 1.0)]
+    for i, (flags, first, last) in enumerate(given):
+        argv = [*SHORT, *flags.split(), "--out", tmp_path / str(i)]
+        _, _, run = train(dino, argv)
+        assert first in (run.args.m, None) and run.args.m_end == (last or run.args.m)
+
+
 def clip_gradients(model, clip):
     """Typed in from the released utils.py."""
     for _, p in model.named_parameters():
@@ -582,7 +590,8 @@ def algorithm_1(net, views, flags, mistake=None):
 
     for k, (x1, x2, *others) in enumerate(views):
         tpt = 1.0 if flags.no_sharpening else 0.04 + (flags.tau_t - 0.04) * k / steps
-        l = schedule(k + (mistake == "momentum of the next step"), flags.m, 1.0)  # noqa: E741
+        late = mistake == "momentum of the next step"
+        l = schedule(k + late, flags.m, flags.m_end)  # noqa: E741
         s1, s2 = gs(x1)[2], gs(x2)[2]
         t1, t2 = gt(x1)[2], gt(x2)[2]
         if mistake == "the student as teacher":
@@ -637,9 +646,10 @@ def shipped(tmp_path):
             return small(self.args)
 
     def run(flags=""):
-        argv = [*SHORT, *"--optimizer sgd --lr 1 --warmup 0 --weight-decay 0.04 --m 0.5 --tau-t "
-                "0.07 --tau-t-warmup 1 --weight-decay-end 0.4 --hidden 10 --out-dim 12 --clip 1e9 "
-                "--freeze-last-layer 0 --local-crops 0 --local-size 8".split(), *flags.split(),
+        argv = [*SHORT, *"--optimizer sgd --lr 1 --warmup 0 --weight-decay 0.04 --m 0.5 --m-end 1 "
+                "--tau-t 0.07 --tau-t-warmup 1 --weight-decay-end 0.4 --hidden 10 --out-dim 12 "
+                "--clip 1e9 --freeze-last-layer 0 --local-crops 0 --local-size 8".split(),
+                *flags.split(),
                 "--out", tmp_path / f"run{flags}"]
         _, _, run = train(dino, argv, Small)
         assert len(run.views) == 3 and not close(*run.views[0][:2], 0.1)
@@ -675,8 +685,9 @@ def test_algorithm_1(shipped):
 
 @pytest.mark.parametrize("flags, mistake", [
     ("--no-centering", None), ("--no-sharpening", None), ("--no-centering --no-sharpening", None),
-    ("--center-m 0.5 --tau-s 0.2", None), ("--local-crops 3", "no local views"),
-    ("--clip 0.2", "clipped together"), ("--freeze-last-layer 1", "decay of the frozen layer"),
+    ("--center-m 0.9 --tau-s 0.2", None), ("--m-end 0.6", None),
+    ("--local-crops 3", "no local views"), ("--clip 0.2", "clipped together"),
+    ("--freeze-last-layer 1", "decay of the frozen layer"),
     ("--norm-last-layer", None)])
 def test_flags_change_the_algorithm(shipped, flags, mistake):
     run, plain = shipped(flags), shipped()

@@ -560,7 +560,7 @@ def test_hidden_patches(flags):
 
 STEPS = [*TINY, *PLAIN, "--limit", "12", "--batch-size", "4", "--eval-every", "0", *(
     "--arch vit_nano --patch-size 4 --local-size 8 --local-crops 1 --hidden 10 --out-dim 12 --lr "
-    "0.016 --warmup 0 --m 0.5 --weight-decay 0.04 --weight-decay-end 0.4 --tau-t 0.2 "
+    "0.016 --warmup 0 --m 0.5 --m-end 1 --weight-decay 0.04 --weight-decay-end 0.4 --tau-t 0.2 "
     "--tau-t-warmup 1 --clip 1e9 --koleo 0.1 --freeze-last-layer 0 --mask-ratio 0.3 0.5 "
     "--epochs 1").split()]
 
@@ -657,7 +657,7 @@ def algorithm(net, views, masks, flags, mistake=None):
                 moments[name] = one, two, i
             step = one / (1 - 0.9**i) / ((two / (1 - 0.999**i)).sqrt() + 1e-8)
             p.data = p.data * (1 - lr * decay) - lr * step
-        m = schedule(k, flags.m, 1.0)
+        m = schedule(k, flags.m, flags.m_end)
         for old, p in zip(gt.parameters(), gs.parameters()):
             old.data = m * old.data + (1 - m) * p.data
         C = new
@@ -701,7 +701,7 @@ def test_algorithm(tmp_path):
 
 @pytest.mark.parametrize("flags, mistakes", [
     ("--centering ema --center-m 0.5", ["centre of this batch", "centre of all patches"]),
-    ("--freeze-last-layer 1 --koleo 0", []), ("--clip 0.1", ["clipped together"]),
+    ("--freeze-last-layer 1 --koleo 0 --m-end 0.6", []), ("--clip 0.1", ["clipped together"]),
     ("--no-token-loss --tied-heads", []),
     ("--no-class-loss --koleo 0.3 --tau-s 0.2 --hires-epochs 1 --hires-size 24", [])])
 def test_flags_change_the_algorithm(tmp_path, flags, mistakes):

@@ -484,8 +484,8 @@ def test_clip_each():
 
 STEPS = [*TINY, *PLAIN, "--epochs", "1", *TINIEST.split(), *(
     "--limit 12 --batch-size 4 --lr 0.064 --warmup 0 --weight-decay 0.04 --weight-decay-end 0.4 "
-    "--m 0.5 --tau-t 0.06 --tau-t-patch 0.09 --tau-t-warmup 1 --clip 1e9 --freeze-last-layer 0 "
-    "--local-crops 0 --mask-ratio 0.3 0.5 --eval-every 0").split()]
+    "--m 0.5 --m-end 1 --tau-t 0.06 --tau-t-patch 0.09 --tau-t-warmup 1 --clip 1e9 "
+    "--freeze-last-layer 0 --local-crops 0 --mask-ratio 0.3 0.5 --eval-every 0").split()]
 
 
 def algorithm_1(net, views, masks, flags, mistake=None):
@@ -520,7 +520,7 @@ def algorithm_1(net, views, masks, flags, mistake=None):
     for k, ((u, v, *others), (m_u, m_v)) in enumerate(zip(views, masks)):
         tau, tau_patch = (0.04 + (last - 0.04) * k / steps
                           for last in (flags.tau_t, flags.tau_t_patch))
-        l = schedule(k, flags.m, 1.0)  # noqa: E741
+        l = schedule(k, flags.m, flags.m_end)  # noqa: E741
         whole, blind = mistake == "student sees all", mistake == "teacher sees the mask"
         (us, us_p), (vs, vs_p) = (outputs(gs, x, None if whole else m_x)
                                   for x, m_x in ((u, m_u), (v, m_v)))
@@ -608,7 +608,7 @@ def test_algorithm_1(tmp_path):
 @pytest.mark.parametrize("flags, changed", [
     ("--no-token-loss --local-crops 2", "no_token_loss"),
     ("--no-class-loss --random-masks --mask-crops 1", "no_class_loss"), ("--mask-crops 0", None),
-    ("--separate-heads --clip 0.02 --center-m 0.5", "clip"),
+    ("--separate-heads --clip 0.02 --center-m 0.9 --m-end 0.6", "clip"),
     ("--separate-heads --freeze-last-layer 1", "freeze_last_layer")])
 def test_flags_change_the_algorithm(tmp_path, flags, changed):
     run = three_steps(tmp_path, *flags.split())
