@@ -39,8 +39,8 @@ Where this file departs from the paper and the released code:
     over both together), few classes K, a colder teacher, a quicker centre, an m that does not rise,
     no local views, and a small ViT that begins with convolutions (Xiao et al. 2021). They see 7
     pixels to the left of a patch and above it, so a hidden patch shows in three neighbours; without
-    that it learned less, not more (benchmarks/LOG.md). Its patch classes tell first of all where a
-    patch is: on this set L_MIM far below chance is no proof of learning.
+    that it learned less, not more (benchmarks/LOG.md). Half of what its patch classes tell is where
+    a patch is: on this set L_MIM far below chance is no proof of learning.
   - The linear probe is fitted by L-BFGS on central crops (paper: SGD on random ones).
   - Of the three defaults only the last follows the released code: its ViT-S, for 100 of 800 epochs,
     with a batch for one GPU.
