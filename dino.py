@@ -79,7 +79,7 @@ def momentum(args, n):
 
 
 def constant(args, n):
-    """m at the end: as at the start. A teacher that stops following costs a short run much."""
+    """m at the end: as at the start. A teacher that stops following slows a short run down."""
     return args.m
 
 
