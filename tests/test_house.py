@@ -11,7 +11,7 @@ import tokenize
 import pytest
 from tools import METHODS, ROOT
 
-CAPS = {"simclr": 230, "byol": 250, "moco": 303, "dino": 447, "ibot": 531, "dinov2": 613,
+CAPS = {"simclr": 230, "byol": 250, "moco": 303, "dino": 446, "ibot": 531, "dinov2": 613,
         "pretext": 564, "weak": 499, "common": 1067}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 README = (ROOT / "README.md").read_text()
