@@ -16,6 +16,8 @@ from tools import PLAIN, TINY, Watched, close, draw, fails, refused, same, train
 
 import common
 import dino
+import dinov2
+import ibot
 
 SHORT = [*TINY, *PLAIN, "--epochs", "1", "--eval-every", "0"]
 
@@ -247,6 +249,9 @@ def test_momentum_stays_on_the_built_in_set(tmp_path):
         argv = [*SHORT, *flags.split(), "--out", tmp_path / str(i)]
         _, _, run = train(dino, argv)
         assert first in (run.args.m, None) and run.args.m_end == (last or run.args.m)
+    for file in (dino, ibot, dinov2):
+        built_in, *others = file.OPTIONS["m_end"][:3]
+        assert built_in(Namespace(m=0.3), 9) == 0.3 and others == [1.0, 1.0]
 
 
 def clip_gradients(model, clip):
