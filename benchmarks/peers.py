@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 from torchvision.datasets import ImageFolder
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 FLAT = {"mean": [0.0] * 3, "std": [1.0] * 3}  # simclr.py leaves images in [0, 1]

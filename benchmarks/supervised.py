@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 METHODS = "simclr moco byol dino ibot dinov2".split()  # pretext.py's ResNet is that of simclr.py

@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 METHODS = "pretext simclr moco byol dino ibot dinov2".split()

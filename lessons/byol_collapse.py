@@ -20,7 +20,7 @@ over the sphere, 0: at a point) and the k-NN top-1 of h. All figures are of vali
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import byol
 from lessons import shared
 

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import mistakes
 from mistakes import MISTAKES, ROOT

@@ -23,10 +23,10 @@ evaluation are used. Writes lessons/few_labels.csv, a line per network, and few_
 
 As in the paper: class-balanced draws of labels, Nesterov momentum 0.9, no weight decay, no warm-up,
 crops and flips only. As in the released code: the rate falls to 0 as a half cosine, and the new
-last layer starts at zero. Departures: every network makes the same number of updates (paper: 60
-epochs for 1 %, 30 for 10 %); the rate of each start (paper: 0.05 * batch / 256) and the penalty of
-each regression are chosen once, on the validation images, at --choose-at labels a class. Test
-images are read once for each finished network.
+last layer starts at zero. Departures: every network makes --updates, or as many as --passes over
+the labels take where that is more (paper: 60 epochs for 1 %, 30 for 10 %); the rate of each start
+(paper: 0.05 * batch / 256) and the penalty of each regression are chosen once, on the validation
+images, at --choose-at labels a class. Test images are read once for each finished network.
 """
 
 import copy
@@ -38,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import simclr
 from lessons import checkpoint, shared
@@ -64,13 +64,14 @@ def finetune(net, images, index, lr, seed, run):
     sgd = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True)
     N = min(args.batch_size, len(index))
     mix = torch.Generator().manual_seed(seed)
-    passes = math.ceil(args.updates * N / len(index))
+    updates = max(args.updates, args.passes * len(index) // N)
+    passes = math.ceil(updates * N / len(index))
     order = [index[torch.randperm(len(index), generator=mix)] for _ in range(passes)]
-    order = torch.cat(order)[: args.updates * N]
+    order = torch.cat(order)[: updates * N]
     crop = [common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3))]
     batches = common.batches(images, order, N, crop, run.device, args.workers, (seed, 0))
     for step, ((x,), i) in enumerate(batches):
-        sgd.param_groups[0]["lr"] = simclr.lr_at(step, args.updates, 0, lr * N / 256)
+        sgd.param_groups[0]["lr"] = simclr.lr_at(step, updates, 0, lr * N / 256)
         s = net(common.flip(x, p=0.5))  # (N, classes)
         loss = F.cross_entropy(s, images.labels[i].to(run.device))
         sgd.zero_grad()
@@ -165,7 +166,8 @@ def main(argv=None):
     o("--labels", **common.FROM_1, nargs="+", default=[1, 2, 5, 10, 50, 500],
       help="a class (1 2 5 10 50 500)")
     o("--choose-at", **common.FROM_1, default=50, help="labels a class to choose the rate at (50)")
-    o("--updates", **common.FROM_1, default=600, help="of every network (600)")
+    o("--updates", **common.FROM_1, default=600, help="of a network, at least (600)")
+    o("--passes", **common.FROM_1, default=30, help="over the labels, at least (30)")
     o("--batch-size", **common.FROM_1, default=64, help="at most (64)")
     o("--lrs", **common.POSITIVE, nargs="+", default=[0.05, 0.2, 0.8], help="rates to choose from")
     own, options = p.parse_known_args(argv)
@@ -180,6 +182,10 @@ def main(argv=None):
         data = common.load_data(args, simclr.OPTIONS, run)
         if not data.labelled:
             common.fail(f"{args.dataset} has no labels to learn from")
+        images, pool = data.fit
+        least = images.labels[pool].unique(return_counts=True)[1].min().item()
+        if max(*own.labels, own.choose_at) > least:
+            common.fail(f"--labels and --choose-at: the smallest class has {least} images")
         net.eval().to(run.device)
         floor = checkpoint.untrained(meta, seed=0).eval().to(run.device)
         chosen = choose(net, floor, data, run)

@@ -18,7 +18,7 @@ run, and lessons/moco_momentum.png. All figures are of validation images.
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import moco
 from lessons import shared

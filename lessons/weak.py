@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, for weak.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 import weak
 from lessons import shared

@@ -371,24 +371,29 @@ def test_a_lesson_has_its_own_seeds(tmp_path, capsys):
     assert "no folder can be made" in error
 
 
-def test_few_labels(tmp_path, monkeypatch):
+def test_few_labels(tmp_path, monkeypatch, capsys):
     """The four ways learn from so many labels and no more, not from validation images, either; the
-    test images are not read before all is chosen."""
+    test images are not read before all is chosen. Many labels have more updates."""
     untrained(simclr, tmp_path)
-    module, read, fitted = lesson("few_labels"), [], []
+    module, read, fitted, updates = lesson("few_labels"), [], [], []
+    monkeypatch.setattr(simclr, "lr_at", lambda step, steps, *given, lr_at=simclr.lr_at: (
+        updates.append((step, steps)), lr_at(step, steps, *given))[1])
     monkeypatch.setattr(module, "outputs", lambda net, part, run, outputs=module.outputs: (
         read.append(part[0]), outputs(net, part, run))[1])
     monkeypatch.setattr(simclr, "regression_path", lambda x, *given, path=simclr.regression_path: (
         fitted.append(len(x)), path(x, *given))[1])
-    rows = module.main([
-        str(tmp_path / "backbone.pt"), *TINY, *"--labels 1 2 --choose-at 2 --updates 2".split(),
-        *"--seeds 2 --lrs 0.1 0.2 --batch-size 16".split(),
-        "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    argv = [str(tmp_path / "backbone.pt"), *TINY, *"--labels 1 2 --choose-at 2".split(),
+            *"--updates 3 --passes 2 --seeds 2 --lrs 0.1 0.2 --batch-size 8".split(),
+            "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    rows = module.main(argv)
     assert len(rows) == 2 * 2 * 4 and len({row["how"] for row in rows}) == 4
     assert all(0 <= row["test_top1"] <= 100 for row in rows)
     assert len(written(tmp_path, "few_labels")) == 16
     assert max(fitted) <= 2 * 10 and len(fitted) == 2 + 2 * 2 * 2
     assert not any(images is read[-1] for images in read[: 2 * 2 + 2 * 2])
+    few, more = [(i, 3) for i in range(3)], [(i, 5) for i in range(5)]  # 10 labels, then 20
+    assert updates == 4 * more + 4 * few + 4 * more
+    assert "smallest class has" in refused("few_labels", capsys, *argv, "--labels", 1, 40)
 
 
 def test_subset_of_few_labels():
@@ -398,7 +403,6 @@ def test_subset_of_few_labels():
     assert torch.equal(labels[few].bincount(), torch.tensor([2, 2, 2])) and not (few % 2).any()
     assert set(few.tolist()) < set(more.tolist())  # the draws are nested
     assert set(few.tolist()) != set(module.subset(labels, pool, 2, seed=2).tolist())
-    assert len(module.subset(labels, pool, 500, seed=1)) == len(pool)
 
 
 @pytest.mark.parametrize("method", [byol, ibot, dinov2], ids=lambda method: method.__name__)
