@@ -80,6 +80,8 @@ def measure(method, args):
         results = method.evaluate(net, data, args, run, test=True)
         run.finish(net.backbone, results, method.MEAN, method.STD, method.loading(args))
     first, *others = run.parts["steps"]
+    if not others:
+        common.fail("a run of one step has nothing to compare: more --epochs or images")
     usual = statistics.median(others)
     return run.parts | {"steps": [usual, *others], "first step": [first - usual]}
 

@@ -51,10 +51,11 @@ def network_of(row):
 
 def points(rows, key, suffix=""):
     """method -> [(epochs, minutes, top-1, deviation)]. suffix: of the evaluations that top-1 is
-    from; the minutes are those of the training, whose name has none."""
+    from; the minutes are those of the training, whose name has none, but where one run did both."""
     table, found = {row["experiment"]: row for row in rows}, {}
     for name, row in table.items():
-        seconds, judged = float(row["train_seconds"]), table.get(name + suffix)
+        seconds = float(row["train_seconds"])
+        judged = table.get(name + suffix, row if name.endswith(suffix) else None)
         if seconds and judged and judged[key] and not row["supervised_top1"]:
             point = int(row["epochs"]), seconds / 60, float(judged[key]), judged[f"{key}_sd"]
             found.setdefault(method_of(name), []).append(point)
@@ -95,13 +96,13 @@ def panel(ax, key, rows, peers):
         else:
             ax.axhline(top1, color=colour, ls=(0, (1, 3)), label=label)
     judged = [row for row in rows if row["supervised_top1"]
-              or row["experiment"].endswith("-k200") == bool(suffix)]
+              or (row["experiment"].endswith("-k200") if suffix else float(row["train_seconds"]))]
     for label, height, style, colour in levels(judged, key):
         ax.axhline(height, color=colour, ls=style, lw=0.9, zorder=0, label=label)
     ax.set(xscale="log", xlabel="minutes of training", ylabel="top-1, %", title=PANELS[key])
     ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
 
 
 def main(argv=None):

@@ -25,7 +25,8 @@ import mistakes  # noqa: E402
 
 TABLE = ROOT / "benchmarks" / "mutation.csv"
 OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-         ast.Mod: ast.FloorDiv, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+         ast.Mod: ast.FloorDiv, ast.FloorDiv: ast.Mod,
+         ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
          ast.Eq: ast.NotEq, ast.And: ast.Or, ast.Or: ast.And}
 
 STEP = "algorithm or what_runs or processes or second_process or thaws or paths"  # tests of a step
@@ -202,7 +203,8 @@ def judge(mutant, quick):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("method", choices=sorted(f.stem[5:] for f in ROOT.glob("tests/test_*.py")
-                                                 if (ROOT / f"{f.stem[5:]}.py").exists()))
+                                                 if f.stem[5:] != "common"
+                                                 and (ROOT / f"{f.stem[5:]}.py").exists()))
     parser.add_argument("--function", default="", help="only this one; nothing is written")
     parser.add_argument("--quick", action="store_true", help="with the nearest tests alone")
     parser.add_argument("--jobs", type=int, default=1, help="processes")

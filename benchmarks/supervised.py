@@ -163,14 +163,17 @@ def evaluate(method, net, data, args, run):
 
 def main(argv=None):
     p = common.Parser(add_help=False, allow_abbrev=False)
-    p.add_argument("method", choices=METHODS)
+    p.add_argument("method", nargs="?", choices=METHODS)
     own, options = p.parse_known_args(argv)
+    if not own.method:
+        common.fail(f"which method? one of {', '.join(METHODS)}, then its options or --help")
     method = importlib.import_module(own.method)
     args = common.options(own.method, __doc__, method.OPTIONS | OWN, options)
     if args.init or args.eval:
         common.fail("--init and --eval are for the method's own file")
     if not args.out:
         args.out = f"runs/supervised-{own.method}-{Path(args.dataset).name}-s{args.seed}"
+    args.supervised = True  # for those who load backbone.pt
     with common.Run(args) as run:
         net, data = train(method, args, run)
         results = evaluate(method, net, data, args, run)

@@ -168,7 +168,7 @@ def main(argv=None):
     shared.figure(f"{own.out}/attention.png", (13, 6), draw, columns, means,
                   f"Jaccard similarity of {own.mass:.0%} of the attention\nand the object, %",
                   claim=CLAIM, answer=answer(means, counts, own.mass))
-    shared.show(means, ["network", *KEYS[2:]])
+    shared.show(means, ["network", *KEYS[2:]], f"{own.seeds} sets of images")
     return rows
 
 

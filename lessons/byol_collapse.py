@@ -14,7 +14,7 @@ at what h is worth. BYOL with m = 0 is SimSiam: the target is the online network
 
 Options that are not listed in --help go to byol.py. Writes lessons/byol_collapse.csv, a line per
 run and evaluation, and lessons/byol_collapse.png: over training the loss, the spread of z (1: all
-over the sphere, 0: at a point) and the k-NN top-1 of h. All figures are of validation images.
+over the sphere, 0: at a point) and the k-NN top-1 of h, both of validation images.
 """
 
 import sys

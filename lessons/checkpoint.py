@@ -132,16 +132,17 @@ def images(own, data, run, seed):
     objects (n, size, size), 0 where there is none, else None.
 
     Of the built-in set new ones of every seed from 0 on, of other sets validation images, of a
-    folder without labels all.
+    folder without labels all; of more than --images every seed takes others.
     """
     size = side(own, run)
     if run.args.dataset == common.BUILT_IN:
         x, labels, parts, *_ = common.toys(own.images, size, 2 + seed)  # training: 0, test: 1
         return x / 255, labels, parts
     data.read(size, *data.how[1:])
-    part = data.val
+    part, index = data.val
     if not data.labelled:
-        part = data.train, torch.arange(len(data.train.labels))
+        part, index = data.train, torch.arange(len(data.train.labels))
+    part = part, index.roll(-seed)  # of many images other ones
     crop = [common.Crop(size, scale=1.0)]
     x, labels = common.embed(lambda views: views, part, crop, run, own.images)
     return x.cpu(), labels.cpu(), None

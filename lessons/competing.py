@@ -4,12 +4,13 @@ Slides: "What did we learn from SimCLR?": using strong data augmentations is rea
 learning good features. Paper: Chen, Luo and Li 2021 (arXiv 2011.02803): a few bits of an easy
 feature that two views share can suppress, and even prevent, the learning of other features.
 
-Every image gets a random mark that has nothing to do with its class and that the augmentations
-leave alone: the first bit inverts it, so that the thing is dark on a bright ground; the second
-turns it to the opposite hue, and with the third there are four hues. SimCLR and DINO are trained on
-such images for as long as on images without a mark, and a linear probe of h is asked for the class,
-and for the mark. The built-in set was made with few such features: in every image one thing, bright
-on a quiet ground, whose colours follow from its lightness.
+Every image gets a random mark that has nothing to do with its class and that crops and jitter leave
+alone (one view in five is grey, so that its hue is gone): the first bit inverts it, so that the
+thing is dark on a bright ground; the second turns it to the opposite hue, and with the third there
+are four hues. SimCLR and DINO are trained on such images for as long as on images without a mark,
+and a linear probe of h is asked for the class, and for the mark. The built-in set was made with few
+such features: in every image one thing, bright on a quiet ground, whose colours follow from its
+lightness.
 
     python lessons/competing.py
     python lessons/competing.py --dataset cifar10 --epochs 20
@@ -127,6 +128,7 @@ def main(argv=None):
     p.add_argument("--bits", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3],
                    help="of the mark (0 1 2 3)")
     own, options = p.parse_known_args(argv)
+    shared.refuse(options, {"--labelled"})
     rows = []
     for seed in range(own.seeds):
         for method, name in ((dino, "DINO"), (simclr, "SimCLR")):

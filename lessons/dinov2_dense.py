@@ -172,6 +172,8 @@ def main(argv=None):
     p.set_defaults(dataset=common.BUILT_IN)
     p.add_argument("--shown", **common.FROM_1, default=4, help="in the picture (4)")
     own, options = p.parse_known_args(argv)
+    if own.dataset != common.BUILT_IN:
+        common.fail("--dataset: classes and depths of patches are known of toys alone")
     trained = [checkpoint.load(dinov2, own, options, path) for path in own.checkpoints]
     rows = []
     for seed in range(own.seeds):
@@ -192,7 +194,7 @@ def main(argv=None):
     means = shared.over_seeds(rows, ["features"], KEYS[2:])
     shared.figure(f"{own.out}/dinov2_dense.png", (13, 9), draw, columns, means, claim=CLAIM,
                   answer=answer(*means[:3], min(own.seeds, len(trained))))
-    shared.show(means, ["features", *KEYS[2:]])
+    shared.show(means, ["features", *KEYS[2:]], f"{own.seeds} sets of images")
     return rows
 
 

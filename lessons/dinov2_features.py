@@ -88,9 +88,9 @@ def without_network(x, step):
 
 
 def knn_by_part(features, parts, k=20):
-    """Share in % of the patches of the last quarter of the images for which most of the k nearest
-    patches of the other images are of the same part. features: (N, h, w, D); parts: (N, h, w),
-    0 for the background, which is left out."""
+    """Share in % of the patches of the last quarter of the images whose part is the commonest among
+    the k nearest patches of the other images. features: (N, h, w, D); parts: (N, h, w), 0 for the
+    background, which is left out."""
     n = len(features) * 3 // 4
     fit, test = features[:n][parts[:n] > 0], features[n:][parts[n:] > 0]
     known, truth = parts[:n][parts[:n] > 0], parts[n:][parts[n:] > 0]
@@ -139,7 +139,7 @@ def draw(whole, columns, means):
     ax = right.subplots()
     shared.bars(ax, means, "features", {"same_part": ""})
     ax.tick_params("x", rotation=20)
-    ax.set(title="patches whose nearest patches\nare of the same part, %")
+    ax.set(title="patches whose nearest patches\nvote for the right part, %")
 
 
 def main(argv=None):
@@ -169,14 +169,13 @@ def main(argv=None):
     means = shared.over_seeds(rows, ["features"], ["same_part"])
     ours, *others = means
     best = max(others, key=lambda row: row["same_part"])
-    text = (f"most of the nearest patches are of the same part for {ours['same_part']:.0f} % of "
-            f"the patches by the tokens of {own.method}.py ({min(own.seeds, len(trained))} "
-            f"run(s)), for "
+    text = (f"the 20 nearest patches vote for the right part of {ours['same_part']:.0f} % of the "
+            f"patches by the tokens of {own.method}.py ({min(own.seeds, len(trained))} run(s)), of "
             f"{best['same_part']:.0f} % by {best['features']}, the best of the others.")
     holds = shared.compare(ours, best, "same_part") > 0
     shared.figure(f"{own.out}/dinov2_features.png", (14, 6), draw, columns, means, claim=CLAIM,
                   answer=shared.answer(holds, text))
-    shared.show(means, ["features", "same_part"])
+    shared.show(means, ["features", "same_part"], f"{own.seeds} sets of images")
     return rows
 
 

@@ -28,6 +28,7 @@ import mistakes
 from mistakes import MISTAKES, ROOT
 
 import common
+from lessons import shared
 
 COURSE = """simclr lr_at, byol ema_update, byol m_at, dino update_center, moco dequeue_and_enqueue,
     byol byol_loss, pretext rotate, pretext cross_entropy, pretext classification,
@@ -325,7 +326,7 @@ def main(argv=None):
         chosen = [(f"{i:02}_{m}_{f.replace('.', '_')}", m, f) for i, (m, f) in enumerate(COURSE, 1)]
     elif (args.method, args.function) not in COURSE:
         common.fail("which exercise? METHOD FUNCTION, one of those of --list, or --all")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    shared.folder(args.out)
     for name, method, function in chosen:
         file = write(args.out, name, method, function, args.again)
         print(f"{file}: write {function}; graded by {', '.join(tests_of(method, function))}")

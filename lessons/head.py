@@ -121,6 +121,7 @@ def main(argv=None):
     p = shared.parser(__doc__, "head", epochs=6)
     p.add_argument("--dataset", choices=[common.BUILT_IN], help="whose hidden factors are known")
     own, options = p.parse_known_args(argv)
+    shared.refuse(options, {"--labelled"})
     rows = []
     for seed in range(own.seeds):
         for head in HEADS:

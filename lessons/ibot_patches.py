@@ -187,7 +187,7 @@ def main(argv=None):
     shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, shown, means,
                   x.shape[-1] // net.backbone.patch_size, claim=CLAIM,
                   answer=answer(means, min(own.seeds, len(trained))))
-    shared.show(means, ["features", *KEYS[2:]])
+    shared.show(means, ["features", *KEYS[2:]], f"{own.seeds} sets of images")
     return rows
 
 

@@ -77,10 +77,11 @@ def main(argv=None):
     bank, (test, _) = data.train, data.test
     chosen = [int((test.labels == c).nonzero()[0]) for c in test.labels.unique()[: own.classes]]
     name = METHODS.get(meta["method"], meta["method"])
+    labels = "with" if meta["method"] == "weak" or meta.get("supervised") else "without"
     columns = {}
     for title, f in (("pixels less their mean", lambda x: x - x.mean((1, 2, 3), keepdim=True)),
                      ("untrained network", checkpoint.untrained(meta, meta["seed"]).eval()),
-                     (f"{name}, {meta['epochs']} epochs without labels", net.eval())):
+                     (f"{name}, {meta['epochs']} epochs {labels} labels", net.eval())):
         cosine = features(f, test, size) @ features(f, bank, size).T
         nearest = cosine.topk(5).indices
         right = (bank.labels[nearest] == test.labels[:, None]).float().mean()

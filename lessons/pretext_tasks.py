@@ -17,7 +17,7 @@ task gets easier and the features, as a rule, worse.
 
 Options that are not listed in --help go to pretext.py. Writes lessons/pretext_tasks.csv (with
 --guards: pretext_guards.csv), a line per network, and a figure of the same name. All figures are of
-the validation images, never of the test set.
+the validation images, but accuracy and loss of the task, which are of its last epoch of training.
 """
 
 import sys
@@ -154,6 +154,8 @@ def main(argv=None):
     p.add_argument("--guards", action="store_true", help="with and without guards, not all tasks")
     p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which (all)")
     own, options = p.parse_known_args(argv)
+    if own.guards and own.tasks != [*TASKS]:
+        common.fail("--tasks is for runs without --guards")
     runs = GUARDS if own.guards else {task: TASKS[task] for task in own.tasks}
     rows = []
     for seed in range(own.seeds):

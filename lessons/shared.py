@@ -32,11 +32,12 @@ def folder(path):
     return Path(path)
 
 
-def refuse(options):
+def refuse(options, useless=frozenset({"--seed", "--resume", "--eval"})):
     """What a lesson, which trains several networks from the start, has no use for."""
-    given = {str(o).split("=")[0] for o in options} & {"--seed", "--resume", "--eval"}
+    given = {str(o).split("=")[0] for o in options} & useless
     if given:
-        common.fail(f"a lesson trains its networks anew, for --seeds seeds: without {min(given)}")
+        common.fail(f"this lesson has no use for {min(given)}: it trains networks of its own, for "
+                    "--seeds seeds, on images that it knows")
 
 
 def train(method, own, name, seed, options, kind=common.Run):
@@ -112,10 +113,10 @@ def write_csv(path, rows, keys):
     common.write(path, text.getvalue())
 
 
-def show(rows, keys):
-    """Print these columns. All figures that `train` finds are of validation images."""
+def show(rows, keys, title="validation images"):
+    """Print these columns."""
     widths = {k: max(22, len(k) + 2) for k in keys[1:]}
-    print("\nvalidation images".ljust(25) + "".join(f"{k:>{n}}" for k, n in widths.items()))
+    print(f"\n{title:<24}" + "".join(f"{k:>{n}}" for k, n in widths.items()))
     for row in rows:
         print(f"{row[keys[0]]:<24}" + "".join(f"{cell(row, k):>{n}}" for k, n in widths.items()))
 

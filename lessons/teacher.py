@@ -6,8 +6,8 @@ gives it targets of a higher quality.
 
 Where it does not lag behind (m = 0) student and teacher chase each other. After every epoch both
 networks are asked for the class of the validation images, by k-NN of h. The teacher's momentum m
-rises to 1 by half a cosine (DINO), stays at its first value, or is 0: then the teacher is the
-student of the step before.
+rises to 1 by half a cosine (paper), stays at its first value (dino.py on `toys`), or is 0: then the
+teacher is the student of the step before.
 
     python lessons/teacher.py
     python lessons/teacher.py --dataset cifar10 --epochs 50
@@ -26,7 +26,7 @@ import dino
 from lessons import shared
 
 CLAIM = "The teacher has to follow slowly: where it is the student itself less is learned"
-RISING, CONSTANT, ZERO = "rises to 1 (DINO)", "stays constant", "is 0"
+RISING, CONSTANT, ZERO = "rises to 1 (paper)", "stays constant", "is 0"
 SCHEDULES = [RISING, CONSTANT, ZERO]
 KEYS = ["m", "seed", "epoch", "network", "knn_top1"]
 
@@ -46,6 +46,8 @@ class TwoNets(common.Run):
         self.args.m_end = 1.0 if self.schedule == RISING else self.args.m
 
     def epochs(self, data):
+        if not data.labelled:
+            common.fail("these images have no labels, there is nothing to ask for")
         self.data = data
         yield from super().epochs(data)
 
@@ -73,7 +75,7 @@ def draw(whole, means, floor):
     left, right = whole.subplots(1, 2, sharey=True)
     rising = [row for row in means if row["m"] == RISING]
     shared.lines(left, rising, "network", "epoch", "knn_top1")
-    left.set(title="DINO", ylabel="k-NN top-1 of h, %")
+    left.set(title=f"momentum {RISING}", ylabel="k-NN top-1 of h, %")
     teachers = [row for row in means if row["network"] == "teacher"]
     shared.lines(right, teachers, "m", "epoch", "knn_top1")
     right.set(title="teachers whose momentum ...")
@@ -85,22 +87,20 @@ def draw(whole, means, floor):
 def answer(rows, means):
     """Of the last teachers; and how far a teacher is ahead of its student over all epochs."""
     leads = []
-    rising = [row for row in rows if row["m"] == RISING]
-    for seed in {row["seed"] for row in rising}:
-        top1 = {name: [row["knn_top1"] for row in rising
-                       if row["seed"] == seed and row["network"] == name]
+    for m, seed in {(row["m"], row["seed"]): 0 for row in rows if row["m"] != ZERO}:
+        top1 = {name: [row["knn_top1"] for row in rows
+                       if (row["m"], row["seed"], row["network"]) == (m, seed, name)]
                 for name in ("student", "teacher")}
         lead = [t - s for s, t in zip(*top1.values())]
-        leads.append({"all": "", "lead": sum(lead) / len(lead)})
-    mean, = shared.over_seeds(leads, ["all"], ["lead"])
+        leads.append({"m": m, "lead": sum(lead) / len(lead)})
+    leads = ", ".join(f"{row['lead']:.1f} ± {row['lead_sd']:.1f} where it {row['m']}"
+                      for row in shared.over_seeds(leads, ["m"], ["lead"]))
     last = {row["m"]: row for row in means if row["network"] == "teacher"
             and row["epoch"] == means[-1]["epoch"]}
     ends = ", ".join(f"{row['knn_top1']:.0f} % where it {m}" for m, row in last.items())
     holds = shared.compare(last[RISING], last[ZERO], "knn_top1") > 0
-    side = "ahead of" if mean["lead"] > 0 else "behind"
     return shared.answer(holds, f"by its momentum the teacher ends at {ends}. On average over the "
-                         f"epochs it is {abs(mean['lead']):.1f} ± {mean['lead_sd']:.1f} points "
-                         f"{side} its student.")
+                         f"epochs it is ahead of its student by {leads} (points).")
 
 
 def main(argv=None):
@@ -111,8 +111,6 @@ def main(argv=None):
         for schedule in SCHEDULES:
             kind = functools.partial(TwoNets, schedule)
             net, data, run = shared.train(dino, own, f"m {schedule}", seed, options, kind)
-            if not data.labelled:
-                common.fail("these images have no labels, there is nothing to ask for")
             rows += [{"m": schedule, "seed": seed} | row for row in run.found]
         floors.append(knn(dino.build(run.args).to(run.device), data, run))
     shared.write_csv(f"{own.out}/teacher.csv", rows, KEYS)

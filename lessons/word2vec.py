@@ -191,7 +191,7 @@ def nearest(x, i, n):
     x = F.normalize(x, dim=1)
     s = x[i] @ x.T
     s[torch.arange(len(i)), i] = -2.0
-    return s.topk(n).indices
+    return s.topk(min(n, len(x) - 1)).indices
 
 
 def ten_words(n=2000):
@@ -255,7 +255,8 @@ def main(argv=None):
     p.add_argument("--dim", **common.FROM_1, default=64, help="D, width of a vector (64)")
     p.add_argument("--epochs", **common.FROM_1, default=8, help="passes over the text (8)")
     p.add_argument("--seeds", **common.FROM_1, default=3, help="number of grammars (3)")
-    p.add_argument("--out", default=Path(__file__).parent, help="folder of CSV and PNG")
+    p.add_argument("--out", type=shared.folder, default=Path(__file__).parent,
+                   help="folder of CSV and PNG")
     args = p.parse_args(argv)
     if args.text in WORDS:
         texts = documentation() if args.text == "python" else glosses()
@@ -271,7 +272,6 @@ def main(argv=None):
     if missing := set(shown) - set(words):
         common.fail(f"--words: {', '.join(sorted(missing))} is too rare in this text")
 
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     print("1. ten words, full rank")
     s, x, other = full_rank()
     for name, truth in (("x(w, c)", x), ("PMI - log k", other)):

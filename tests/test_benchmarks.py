@@ -161,6 +161,8 @@ def test_figure(tmp_path):
             written(runs, f"{experiment}-s0", train_seconds=seconds, knn_top1=1.0, **more)
             written(runs, f"{experiment}-k200-s0", train_seconds=0.0, knn_top1=top1 - 3, **more)
     written(runs, "supervised-dino-cifar10-e200-s0", supervised_top1=88.0, knn_top1=86.0)
+    written(runs, "byol-cifar10-e80-k200-s0", train_seconds=60.0, knn_top1=70.0, epochs=80,
+            linear_top1=75.0)  # trained and judged in one run
     quiet(benchmark("table"), ["--runs", runs, "--out", tmp_path / "t.csv"])
     argv = ["--csv", str(tmp_path / "t.csv"), "--out", str(out)]
     figure = benchmark("figure").main([*argv, "--peers"])
@@ -173,6 +175,7 @@ def test_figure(tmp_path):
     for ax, less in zip(figure.axes, (0, 3)):
         lines = [line.get_xydata() for line in ax.lines if line.get_linestyle() == "-"]
         assert any(np.allclose(line, [(6, 85 - less), (15, 90 - less)]) for line in lines)
+        assert any(np.allclose(line, [(1, 75 if less == 0 else 70)]) for line in lines)
     with pytest.raises(SystemExit, match="nothing"):
         benchmark("figure").main([*argv, "--name", "nothing"])
 

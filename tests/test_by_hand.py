@@ -2,12 +2,14 @@
 
 import importlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from mistakes import MISTAKES, patched
-from tools import fails, quiet
+from tools import ROOT, fails, quiet
 
 import byol
 import dino
@@ -137,3 +139,10 @@ def test_a_variable_inside_is_noticed(capsys):
     by_hand.check("doubled", [2.0], own["doubled"])
     assert "by hand" in fails(lambda: by_hand.check("doubled", [1.0], own["doubled"]), capsys)
     assert "by hand" in fails(lambda: by_hand.check("doubled", 2.0, own["doubled"]), capsys)
+
+
+def test_by_hand_as_a_program():
+    """lessons/weak.py beside it is not taken for weak.py."""
+    argv = [sys.executable, "lessons/by_hand.py", "attention_pool"]
+    run = subprocess.run(argv, cwd=ROOT, text=True, capture_output=True)
+    assert run.returncode == 0 and "sum of a h" in run.stdout, run.stderr

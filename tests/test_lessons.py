@@ -199,7 +199,7 @@ def test_answers_of_vits_and_tasks():
             for name, top1 in (("student", 30), ("teacher", 35))]
     means = shared.over_seeds(rows, ["m", "epoch", "network"], ["knn_top1"])
     text = teacher.answer(rows, means)
-    assert "5.0 ± 0.0 points ahead of" in text and text.startswith("Not")
+    assert "5.0 ± 0.0 where it rises to 1" in text and text.startswith("Not")
     fallen = [row | {"knn_top1": 20 + row["seed"]} if row["m"] == teacher.ZERO else row
               for row in rows]
     means = shared.over_seeds(fallen, ["m", "epoch", "network"], ["knn_top1"])
@@ -273,8 +273,13 @@ def test_what_a_lesson_cannot_use(tmp_path, capsys):
     argv = [*TINY, *"--batch-size 40 --arch convnet --stem 7x7 --runs".split(), tmp_path / "runs"]
     assert "--eval" in refused("head", capsys, *argv, "--eval", "last.pt")
     assert "toys" in refused("head", capsys, *argv, "--dataset", "cifar10")
+    for name in ("head", "competing"):
+        assert "--labelled" in refused(name, capsys, *argv, "--labelled", tmp_path)
+    assert "--guards" in refused("pretext_tasks", capsys, *TINY, "--guards", "--tasks", "patch")
     argv += ["--dataset", folder_of(40, tmp_path / "images")]
     assert "no labels" in refused("moco_momentum", capsys, *argv, "--bn-splits", 2)
+    argv = [*TINY, "--runs", tmp_path / "runs", "--dataset", tmp_path / "images"]
+    assert "no labels" in refused("teacher", capsys, *argv, "--batch-size", 20)
 
 
 def test_dinov2_table(tmp_path, monkeypatch, capsys):
@@ -620,6 +625,7 @@ def test_dinov2_dense(tmp_path, dinov2_run, capsys):
     assert all(best["miou"] > row["miou"] and best["rmse"] < row["rmse"] for row in rows[:-1])
     assert len(written(tmp_path, "dinov2_dense")) == 4
     assert "--size 3" in refused("dinov2_dense", capsys, last, "--size", "3", *out)
+    assert "toys alone" in refused("dinov2_dense", capsys, last, "--dataset", tmp_path, *out)
 
 
 def test_dinov2_dense_scores():
@@ -670,4 +676,5 @@ def test_neighbours(tmp_path, capsys):
     a, b = (t.double().flatten(1) for t in (x_test, x))
     cosine = torch.corrcoef(torch.cat([a, b]))[:40, 40:]  # of pixels less their mean
     same = labels[cosine.argsort(1, descending=True)[:, :5]] == labels_test[:, None]
-    assert f"mean: {same.double().mean():.1%} of the five" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"mean: {same.double().mean():.1%} of the five" in out and "without labels" in out
