@@ -14,6 +14,7 @@ import atexit
 import codecs
 import contextlib
 import functools
+import inspect
 import json
 import math
 import os
@@ -40,6 +41,9 @@ from torchvision.utils import save_image
 tqdm = None  # then there is no bar, only a line an epoch
 with contextlib.suppress(ImportError):
     from tqdm import tqdm
+fcntl = None  # on Windows, where a second process in the folder of a run is not noticed
+with contextlib.suppress(ImportError):
+    import fcntl
 
 # ==================================================================================================
 # Errors and files
@@ -77,7 +81,7 @@ def write(path, content):
     """
     if not main_process():
         return
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         if isinstance(content, str):
             part.write_text(content, "utf-8")
@@ -149,7 +153,8 @@ def options(method, doc, table, argv=None):
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or released weights")
     o("--eval", metavar="FILE", help="evaluate such a file, train nothing")
     o = p.add_argument_group("data").add_argument
-    o("--dataset", default=BUILT_IN, help=f"a name or a folder ({BUILT_IN}, {', '.join(SETS)})")
+    o("--dataset", help="a folder or a name (toys; with --eval that of the run): "
+      + ", ".join([BUILT_IN, *SETS]))
     o("--data-dir", default="data", help="where downloaded sets are kept (data)")
     o("--labelled", metavar="SET", help="for the probes, where --dataset has no labels")
     o("--limit", **FROM_1, help="use only so many images of each split (all)")
@@ -177,8 +182,9 @@ def options(method, doc, table, argv=None):
     if args.init and args.eval:
         fail("--init starts a training and --eval does without one: give one of the two")
     embed = Path(args.embed or "features.npz")
-    if embed.is_dir() or not embed.parent.is_dir():
-        fail(f"--embed {args.embed}: not a file in a folder that exists")
+    if embed.is_dir() or not embed.parent.is_dir() or embed.suffix != ".npz":
+        fail(f"--embed {args.embed}: no .npz in a folder that exists")
+    args.dataset = args.dataset or recall(args).get("dataset", BUILT_IN)
     return args
 
 
@@ -214,13 +220,13 @@ def choose_recipe(side, table, cpu, device):
 
 def recall(args):
     """The options of the run that wrote the file of --eval, but for --branch, which says what that
-    run started from; of another method's those of the network alone, as others differ in form."""
+    run started from; of another method's those of the set and the network, as others differ."""
     found = read_checkpoint(args.eval) if args.eval else {}
     made = found.get("meta", found.get("args"))
     made = made if isinstance(made, dict) else {}  # of a released file
-    network = "arch stem patch_size image_size".split()
+    usual = "dataset arch stem patch_size image_size".split()
     return {k: v for k, v in made.items()
-            if k in network or (made.get("method") == args.method and k != "branch")}
+            if k in usual or (made.get("method") == args.method and k != "branch")}
 
 
 def at_most(batch_size, n):
@@ -281,8 +287,8 @@ class Run:
     """A run of a script, to be opened by `with`: device, rank, world, dtype, folder, step.
 
     Under torchrun it joins the other processes, and only the first one prints. From the first to
-    the last epoch SIGTERM and SIGINT save a checkpoint and end the program; a second one ends it
-    at once.
+    the last epoch SIGTERM, SIGINT and SIGHUP save a checkpoint and end the program; a second one
+    of the first two ends it at once.
     """
 
     def __init__(self, args):
@@ -360,15 +366,22 @@ class Run:
         return claimed[0]
 
     def __enter__(self):
+        if main_process():
+            self.lock = lock(self.folder)
         return self
 
     def __exit__(self, kind, error, _):
         self.handlers.close()
+        if main_process():
+            os.close(self.lock)
         if kind and self.step == 0 and not self.args.resume and main_process():
             (self.folder / "args.json").unlink(missing_ok=True)  # the folder is free again
         if kind is KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        if kind is BrokenPipeError:  # | head
+            sys.stdout = open(os.devnull, "w")
+            fail("nothing reads the output any more")
         if re.search("MemoryError|out of memory|allocate memory", repr(error)):
             fail(f"the memory of {self.name} is not enough: lower --batch-size, now "
                  f"{self.args.batch_size}, --image-size or --memory-limit")
@@ -449,14 +462,19 @@ class Run:
         write(self.folder / "args.json", to_json(vars(self.args)))
         self.per_epoch, self.steps = data.per_epoch, data.per_epoch * self.args.epochs
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            stops = [signal.SIGTERM, signal.SIGINT]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+                stops.append(signal.SIGHUP)  # the terminal is closed, and there is no nohup
+            for number in stops:
                 before = signal.signal(number, self._catch)
                 self.handlers.callback(signal.signal, number, before)
         yield from range(self.step // self.per_epoch, 0 if self.args.eval else self.args.epochs)
         self.handlers.close()
 
     def _catch(self, number, frame):
-        if self.signal:
+        if number not in (signal.SIGTERM, signal.SIGINT):  # SIGHUP, which may come twice
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        elif self.signal:
             raise KeyboardInterrupt
         self.signal = number
 
@@ -646,6 +664,27 @@ def claim(folder):
     return False
 
 
+def lock(folder):
+    """Lock the folder of a run for this process -> a descriptor, to be closed at the end."""
+    descriptor = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"the run in {folder} is still going on")
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+def source(f):
+    """Its lines, as they were read: when they are printed the file may have been edited."""
+    try:
+        return inspect.getsource(f)
+    except OSError:  # not from a file
+        return ""
+
+
 class Undo:
     """Put back what a failed step changes besides weights: tensors, and floating-point buffers of
     modules (batch norm's statistics)."""
@@ -810,7 +849,8 @@ def embed(f, part, crops, run, limit=math.inf):
 
 def export(f, data, crops, run):
     """With --embed, write h = f(views)[0] (n, d) of the images of all splits as .npz, with name (of
-    the file, or a number), split and label (-1: unknown), each (n,); without broken files."""
+    the file, or a number), split and label (-1: unknown), each (n,); without broken files. classes:
+    name of each label."""
     if not run.args.embed:
         return
     splits = {"train": data.train} | {k: getattr(data, k)[0] for k in data.parts if k != "train"}
@@ -827,7 +867,7 @@ def export(f, data, crops, run):
 
     def save(part):
         with open(part, "wb") as file:  # a name without .npz would get one
-            np.savez(file, h=h, **columns)
+            np.savez(file, h=h, classes=data.classes, **columns)
 
     write(run.args.embed, save)
     print(f"{printable(run.args.embed)}: h {h.shape} of {', '.join(splits)}")
@@ -879,7 +919,7 @@ def health(h, z1, z2, *_, name="z", least=0.1):
 def effective_rank(x):
     """exp of the entropy of the singular values of x (n, d), taken as shares."""
     p = torch.linalg.svdvals(x.cpu())
-    return torch.special.entr(p / p.sum()).sum().exp().item()
+    return torch.special.entr(p / p.sum().clamp(min=1e-12)).sum().exp().item()
 
 
 # ==================================================================================================
@@ -1295,6 +1335,8 @@ class Data:
     def __init__(self, name, root="data", limit=None):
         self.side, self.parts, self.numbers, self.classes = None, {}, {}, [*THINGS]
         self.probed = self  # the set the probes are fitted, chosen and tested on
+        if name in (BUILT_IN, *SETS) and os.path.isdir(name):
+            print(f"{name} is the set of this name, not the folder: that is --dataset ./{name}")
         if name == BUILT_IN:
             self.parts = {k: (range(min(n, limit or n)), None) for k, n in SIZES.items()}
         elif name in SETS:
@@ -1332,7 +1374,7 @@ class Data:
         files, others = find_images(top)
         if not files:
             fail(f"no images of a format that Pillow reads in {top}")
-        place = len(top.parts)  # of the class in the path of a file
+        place = str(top).rstrip(os.sep).count(os.sep) + 1  # of the class in the path of a file
         names = {f.split(os.sep)[place] for f in files if top != root and f.count(os.sep) > place}
         classes = {c: label for label, c in enumerate(sorted(names))}
         self.classes = [*classes]

@@ -44,7 +44,6 @@ Where this file departs from the paper and the released code:
 """
 
 import functools
-import inspect
 import math
 from collections import OrderedDict
 
@@ -563,7 +562,7 @@ def loading(args):
         dim, depth, heads = VITS[args.arch]
         stem = ""
         if args.arch == "vit_conv":
-            stem = (f"\n\n{inspect.getsource(conv_stem)}\n"
+            stem = (f"\n\n{CONV_STEM}\n"
                     f"net.patch_embed.proj = conv_stem({dim}, {args.patch_size})")
         return ("import torch, timm\nfrom torch import nn\n\nnet = timm.models.VisionTransformer(\n"
                 f"    img_size={args.image_size}, patch_size={args.patch_size}, embed_dim={dim}, "
@@ -685,6 +684,9 @@ def conv_stem(dim, patch_size):
         layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+
+
+CONV_STEM = common.source(conv_stem)  # printed at the end of a run
 
 
 def init_linear(m):

@@ -66,7 +66,6 @@ Where this file departs from the papers:
 
 import copy
 import functools
-import inspect
 import itertools
 import math
 from collections import OrderedDict
@@ -197,6 +196,9 @@ def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
     if stem == "3x3":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     return net
+
+
+ENCODER = common.source(encoder)  # printed at the end of a run
 
 
 def two_layers(inputs, hidden, outputs):
@@ -510,6 +512,9 @@ def halve(net):
             m.groups = 2
             if m.in_channels > 3:  # the first one has 3 channels for each half
                 m.weight = nn.Parameter(m.weight[:, ::2].clone())
+
+
+HALVE = common.source(halve)
 
 
 class SplitBrain(nn.Module):
@@ -984,11 +989,11 @@ def loading(args):
         "import torch, torchvision",
         "from torch import nn",
         "",
-        inspect.getsource(encoder),
+        ENCODER,
         f"net = encoder({args.arch!r}, {args.stem!r}{norm})",
     ]
     if args.task == "splitbrain":
-        lines += ["", inspect.getsource(halve), "halve(net)"]
+        lines += ["", HALVE, "halve(net)"]
     if args.task in ("colorization", "splitbrain", "patch", "jigsaw"):
         lines += [f"# its input: see features of pretext.py for --task {args.task}"]
     return "\n".join(lines)

@@ -41,7 +41,6 @@ Where this file departs from the paper and the released code:
 """
 
 import functools
-import inspect
 import math
 
 import torch
@@ -148,6 +147,9 @@ def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
     if stem == "3x3":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     return net
+
+
+ENCODER = common.source(encoder)  # printed at the end of a run
 
 
 class SimCLR(nn.Module):
@@ -390,7 +392,7 @@ def evaluate(net, data, args, run, test=False):
 def loading(args):
     """Python that rebuilds the backbone with torchvision alone; printed at the end of a run."""
     return ("import torch, torchvision\nfrom torch import nn\n\n"
-            f"{inspect.getsource(encoder)}\nnet = encoder({args.arch!r}, {args.stem!r})")
+            f"{ENCODER}\nnet = encoder({args.arch!r}, {args.stem!r})")
 
 
 def main(argv=None):

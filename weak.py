@@ -62,7 +62,6 @@ Where this file departs from the papers:
     pseudo        91.7    89.1      99.8    10 labels a class
 """
 
-import inspect
 import math
 
 import numpy as np
@@ -173,6 +172,9 @@ def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
     if stem == "3x3":
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     return net
+
+
+ENCODER = common.source(encoder)  # printed at the end of a run
 
 
 class Network(nn.Module):
@@ -846,7 +848,7 @@ def evaluate(net, data, args, run, test=False):
 def loading(args):
     """Python that rebuilds the backbone with torchvision alone; printed at the end of a run."""
     return ("import torch, torchvision\nfrom torch import nn\n\n"
-            f"{inspect.getsource(encoder)}\nnet = encoder({args.arch!r}, {args.stem!r})")
+            f"{ENCODER}\nnet = encoder({args.arch!r}, {args.stem!r})")
 
 
 def main(argv=None):

@@ -90,7 +90,7 @@ def test_files_are_whole_or_as_they_were(tmp_path, capsys, monkeypatch):
         path = tmp_path / name
         common.write(path, content)
         before = path.read_bytes()
-        Path(f"{path}.part").symlink_to("/dev/full")  # a full disk
+        Path(f"{path}.{os.getpid()}.part").symlink_to("/dev/full")  # a full disk
         assert name in fails(lambda: common.write(path, content), capsys)  # noqa: B023
         assert path.read_bytes() == before and len(before) > 99
     monkeypatch.setenv("RANK", "1")  # only the first process writes
@@ -256,6 +256,7 @@ def test_a_run_claims_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [str(opened().folder) for _ in range(3)]  # at once
     assert names == ["runs/loop-toys-s0", "runs/loop-toys-s0-2", "runs/loop-toys-s0-3"]
+    torch.save({}, "x.pt")
     assert str(opened("--eval", "x.pt", "--seed", 7).folder) == "runs/loop-toys-s7-eval"
     for begun in (0, 0, 1):  # a run that fails before its first step frees its folder
         with pytest.raises(ZeroDivisionError), opened() as run:
@@ -279,6 +280,18 @@ def test_resume_takes_the_newest_run_that_was_interrupted(tmp_path, capsys):
         assert resumed() == newest
         (tmp_path / newest / "results.json").touch()
     assert "no stopped run" in fails(resumed, capsys)
+
+
+def test_a_run_that_goes_on_is_not_resumed(tmp_path, capsys):
+    """Two processes would write one last.pt. What was stopped is free, in the same process, too."""
+    argv = ["--out", tmp_path / "run"]
+    with opened(*argv) as run:
+        loop(run)
+        with opened("--out", tmp_path / "other"):  # its own folder is free
+            pass
+        assert "still going on" in fails(opened(*argv, "--resume").__enter__, capsys)
+    with opened(*argv, "--resume"):
+        pass
 
 
 def test_processes_and_devices(monkeypatch, tmp_path, capsys):
@@ -358,6 +371,47 @@ def test_a_run_that_keeps_failing_ends(tmp_path, capsys):
         error = fails(lambda: loop(run, bad), capsys)
     assert "50 steps, up to 100:" in error  # 47 failures before the good step do not count
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_closed_terminal(tmp_path, monkeypatch):
+    """SIGHUP comes twice and saves; after nohup it is ignored, as before."""
+    before = signal.getsignal(signal.SIGHUP)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # they are put back
+    try:
+        for then in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, then)
+            run = opened("--out", tmp_path / str(then))
+            next(run.epochs(Steps()))
+            assert (signal.getsignal(signal.SIGHUP) == run._catch) == (then == signal.SIG_DFL)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+        assert run.signal == signal.SIGHUP and sys.stdout.name == sys.stderr.name == os.devnull
+    finally:
+        run.handlers.close()
+        assert signal.getsignal(signal.SIGHUP) == then
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_nothing_reads_the_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+
+    def run():
+        with opened("--out", tmp_path / "run"):
+            raise BrokenPipeError
+
+    assert "nothing reads" in fails(run, capsys)
+
+
+def test_the_printed_function_is_that_which_ran(monkeypatch):
+    """At the end of a run the file may be another, or gone."""
+    monkeypatch.setattr(inspect, "getsource", lambda f: 1 / 0)
+    for name, network, kept in (("simclr", "convnet", "encoder"),
+                                ("dino", "vit_conv", "conv_stem")):
+        args = Namespace(arch=network, stem="7x7", patch_size=8, image_size=32)
+        assert f"def {kept}(" in method(name).loading(args)
+    monkeypatch.setattr(inspect, "getsource", lambda f: (_ for _ in ()).throw(OSError))
+    assert common.source(common.source) == ""
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
@@ -740,6 +794,7 @@ def test_health():
         p = sigma / sigma.sum()
         rank = math.exp(-sum(q * math.log(q) for q in p if q > 0))
         assert close(got[key] / rank, 1.0, 1e-3), key
+    assert common.effective_rank(torch.zeros(4, 3)) == 1  # of dead units
     assert got["verdict"].startswith("healthy: z has spread ")
     angle = torch.linspace(0, 6, n)
     circle = F.pad(torch.stack([angle.cos(), angle.sin()], 1), (0, D - 2))
@@ -1190,12 +1245,25 @@ def test_embed_writes_every_image_once(tmp_path, memory_gb):
     common.export(lambda views: [views[0].mean((2, 3))], data, CENTRE, run)
     with np.load(tmp_path / "file") as saved:
         h, name, split, label = (saved[k] for k in ("h", "name", "split", "label"))
+        assert saved["classes"].tolist() == ["a", "b"]
     files = [Path(n) for n in name]
     assert len({*files}) == len(h) == 22 and root / "train" / "b" / "5.png" not in files
     assert split.tolist() == [f.parts[-3] for f in files] == ["train"] * 19 + ["test"] * 3
     assert label.tolist() == classes_of(files)
     colours = np.array([[10 * int(f.stem), 100, 0] for f in files]) / 255
     assert np.abs(h - colours).max() < 1e-6
+
+
+def test_folders_by_unusual_names(tmp_path, monkeypatch, capsys):
+    root = tree(tmp_path / "cifar10", train__a=20, train__b=20, val__a=2, val__b=2)
+    monkeypatch.chdir(tmp_path)
+    for name in (f"/{root}", "./cifar10", f"{root}/", "cifar10/../cifar10"):
+        assert common.Data(name).classes == ["a", "b"]
+    monkeypatch.chdir(root)
+    assert common.Data(".").classes == ["a", "b"]
+    (tmp_path / "cifar10" / "toys").mkdir()
+    common.Data("toys")
+    assert "not the folder: that is --dataset ./toys" in capsys.readouterr().out
 
 
 def test_grey_images_are_named(tmp_path, capsys):
@@ -1723,6 +1791,17 @@ def test_what_a_run_started_from_is_not_recalled(tmp_path):
     torch.save({"method": "dino", "args": made}, tmp_path / "last.pt")
     args = Namespace(method="dino", eval=tmp_path / "last.pt")
     assert common.recall(args) == {"method": "dino", "out_dim": 7}
+
+
+def test_a_file_is_evaluated_on_the_set_of_its_run(tmp_path):
+    file = str(tmp_path / "last.pt")
+    for made, name in (({"method": "loop", "dataset": "a"}, "a"),
+                       ({"method": "dino", "dataset": "a"}, "a"), ({}, "toys")):
+        torch.save({"meta": made}, file)
+        for flags, expected in (([], name), (["--dataset", "b"], "b")):
+            args = common.options("loop", "A loop", LOOP, ["--eval", file, *flags])
+            assert args.dataset == expected
+    assert common.options("loop", "A loop", LOOP, []).dataset == "toys"
 
 
 def stopped_after(k, name, *argv):

@@ -185,10 +185,10 @@ def test_a_random_head_has_no_verdict(tmp_path):
         assert ("head_knn_top1" in results) == verdict and "knn_top1" in results
 
 
-@pytest.mark.parametrize("file", ["no/f.npz", "."])
+@pytest.mark.parametrize("file", ["no/f.npz", ".", "f.csv"])
 def test_features_that_cannot_be_written_are_refused_first(file, tmp_path, capsys):
     argv = [*TINY, "--out", tmp_path / "run", "--embed", tmp_path / file]
-    assert "not a file in a folder" in refused(simclr, argv, capsys)
+    assert "no .npz in a folder" in refused(simclr, argv, capsys)
     assert not (tmp_path / "run").exists()
 
 
