@@ -175,8 +175,7 @@ OPTIONS = {  # fmt: skip
 }
 # Without a GPU images up to 64 pixels have the first column, except for:
 CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 4,
-       "koleo": 0.02, "epochs": common.hour(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2,
-       "m_end": 1.0}
+       "koleo": 0.02, "epochs": common.hour(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2}
 
 # ==================================================================================================
 # Augmentation

@@ -134,9 +134,8 @@ OPTIONS = {  # fmt: skip
     "branch":            ("teacher",  "teacher",  "teacher",   "teacher|student", "of a file"),
 }
 # Without a GPU images up to 64 pixels have the first column, except for:
-CPU = {"out_dim": 1024, "tau_t": 0.04, "tau_t_patch": 0.04, "center_m": 0.9,
-       "local_size": local_side, "local_crops": 4, "epochs": common.hour(5e5), "lr": 3e-3,
-       "warmup": 0.2, "m_end": 1.0}
+CPU = {"out_dim": 1024, "tau_t": 0.04, "tau_t_patch": 0.04, "local_size": local_side,
+       "local_crops": 4, "epochs": common.hour(5e5), "lr": 3e-3, "warmup": 0.2}
 
 # ==================================================================================================
 # Augmentation

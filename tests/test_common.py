@@ -2047,3 +2047,99 @@ def test_two_processes_share_out_and_fail_together(both, one):
         assert torch.equal(found["gathered"], torch.cat([rows, rows + 10]))
         assert torch.equal(found["grad"], 2.0 * weights[rank])  # of the losses of both
         assert not found["ok"] and found["untouched"]
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "weak"])
+def test_what_is_probed(name, tmp_path, monkeypatch):
+    """Views of validation images as in training for the verdict, central squares of the splits for
+    the rest: test images in the last evaluation alone. An untrained network is its own floor; raw
+    pixels are those of at most 32 x 32."""
+    file, embed, seen, votes = method(name), common.embed, [], []
+
+    def recorded(f, part, crops, *run, **limit):
+        found = embed(f, part, crops, *run, **limit)
+        seen.append((part, crops, found[0]))
+        return found
+
+    argv = "--epochs 1 --eval-every 0 --image-size 40 --knn-k 3 --knn-tau 0.5 --out".split()
+    _, data, run = tools.train(file, tiny(name, *argv, tmp_path / "run"))
+    monkeypatch.setattr(common, "embed", recorded)
+    monkeypatch.setattr(common, "knn", lambda *parts, **given: votes.append(given) or 0.0)
+    monkeypatch.setattr(file, "linear_probe", lambda *parts: 0.0)
+    for test, splits in ((False, ["fit", "val"]), (True, ["fit", "val", "test"] * 3)):
+        seen.clear()
+        net = file.build(run.args)
+        before = copy.deepcopy(net.state_dict())
+        file.evaluate(net, data, run.args, run, test)
+        assert net.training and same(before, net.state_dict())
+        assert len(seen) == 1 + len(splits)
+        for (part, crops, _), split in zip(seen, ["val", *splits]):
+            images, index = getattr(data, split)
+            assert part[0] is images and torch.equal(part[1], index)
+            assert (crops[0].ratio is None) == (crops is not seen[0][1])
+        assert seen[0][1] == file.crops(run.args)[:1]
+    assert all(torch.equal(own[2], floor[2]) for own, floor in zip(seen[1:4], seen[4:7]))
+    assert all(pixels[2].shape[1] == 3 * 32 * 32 for pixels in seen[7:])
+    assert all(given == {"k": 3, "tau": 0.5} for given in votes)
+    assert file.central(64) == [common.Crop(64, 1.0)]
+    assert file.central(65) == [common.Crop(65, 0.875)]
+
+
+@pytest.mark.parametrize("name", [m for m in "moco byol dino ibot dinov2".split() if m in METHODS])
+def test_the_average_starts_where_the_network_does(name, tmp_path):
+    """With --init, too: at the weights of the file, not at random ones."""
+    class Starting(Watched):
+        def epochs(self, data):
+            self.start = [copy.deepcopy(self.state[k].state_dict()) for k in ("net", "net_ema")]
+            return super().epochs(data)
+
+    argv = tiny(name, "--epochs", 1, "--eval-every", 0, "--out", tmp_path / "run")
+    file = method(name)
+    _, _, run = tools.train(file, [*argv, "--seed", 1])
+    _, _, run = tools.train(file, [*argv, "--init", run.folder / "last.pt"], Starting)
+    assert same(*map(dict, run.start))
+    assert not same(dict(run.start[0]), dict(file.build(run.args).state_dict()))
+
+
+def test_limit_has_all_classes(tmp_path):
+    """Of a fixed shuffle, as files lie in the order of their classes."""
+    data = common.Data(tree(tmp_path, train__a=30, train__b=30, test__a=30, test__b=30), limit=20)
+    for _, labels in data.parts.values():
+        assert {*labels.tolist()} == {0, 1}
+
+
+def test_the_side_of_a_set_is_its_median(tmp_path):
+    """By which a recipe is chosen: one large image does not make it a set of large ones."""
+    for i, size in enumerate([(30, 40), (40, 30), (900, 800)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    assert common.Data(str(tmp_path)).side == 30
+
+
+def test_every_epoch_and_every_seed_has_its_own_order():
+    data = common.Data("toys", limit=64)
+    data.read(*READ)
+    run = SimpleNamespace(device=CPU, rank=0, world=1)
+
+    def order(number, seed):
+        found = data.epoch(number, 0, 16, [common.Crop(8, 1.0)], run, seed)
+        return torch.cat([index for _, index in found]).tolist()
+
+    orders = [order(*which) for which in ((0, 0), (1, 0), (0, 1), (1, 0))]
+    assert all(sorted(o) == [*range(64)] for o in orders) and orders[1] == orders[3]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_resume_with_another_number_of_processes_is_refused(tmp_path, capsys):
+    stopped_after(2, "simclr", "--out", tmp_path / "run")
+    saved = load(tmp_path / "run")
+    saved["args"]["processes"] = 2
+    torch.save(saved, tmp_path / "run" / "last.pt")
+    argv = tiny("simclr", "--out", tmp_path / "run", "--resume")
+    assert "processes 2, not 1" in refused(simclr, argv, capsys)
+
+
+@every
+def test_images_of_64_pixels_are_small(name):
+    file = method(name)
+    for side, column in ((64, 1), (65, 2)):
+        assert tools.completed(file, [], side).arch == file.OPTIONS["arch"][column]

@@ -173,7 +173,7 @@ def test_what_a_run_started_from_is_not_needed_to_resume_it(tmp_path):
     with pytest.raises(SystemExit):
         train(simclr, [*argv, "--init", f"{file}"], Stopping)
     file.unlink()
-    assert simclr.main([*argv, "--resume"])["epochs"] == 2
+    assert simclr.main([*argv, "--init", f"{file}", "--resume"])["epochs"] == 2
 
 
 def test_a_random_head_has_no_verdict(tmp_path):

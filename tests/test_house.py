@@ -11,7 +11,7 @@ import tokenize
 import pytest
 from tools import METHODS, ROOT
 
-CAPS = {"simclr": 230, "byol": 250, "moco": 303, "dino": 446, "ibot": 531, "dinov2": 613,
+CAPS = {"simclr": 230, "byol": 250, "moco": 303, "dino": 446, "ibot": 530, "dinov2": 612,
         "pretext": 565, "weak": 499, "common": 1102}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 README = (ROOT / "README.md").read_text()

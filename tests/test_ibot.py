@@ -706,7 +706,8 @@ def test_warnings(capsys):
         ibot.check(completed(*argv.split()), 100)
         out = capsys.readouterr().out
         assert words in out and out.count("warning") == bool(words)
-    evaluated = completed("--local-scale", "0.9", "--m", "1", "--eval", "x")
+    evaluated = completed("--local-scale", "0.9", "--m", "1")
+    evaluated.eval = "x"
     ibot.check(evaluated, 100)  # what training alone would need
     assert not capsys.readouterr().out
 

@@ -809,3 +809,11 @@ def test_verdict(tmp_path, monkeypatch):
     assert found["view"] == {"name": "z", "least": 0.1, "verdict": "", "dim": 128}
     z, pred = draw(6, 3), draw(6, 3, seed=1)  # and this is why it may be small for cpc
     assert close(pretext.cpc_loss(pred, z), pretext.cpc_loss(pred, z + 100))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay(optimizer, tmp_path):
+    argv = "--limit 22 --batch-size 11 --weight-decay 0.3 --optimizer".split()
+    train(pretext, [*SHORT, *argv, optimizer, "--out", tmp_path / "run"])
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["optimizer"]
+    assert [group["weight_decay"] for group in saved["param_groups"]] == [0.3]

@@ -1,6 +1,8 @@
 """Weak labels against the equations of their papers, and what each task tells its networks."""
 
+import contextlib
 import copy
+import io
 import itertools
 import math
 from types import SimpleNamespace
@@ -896,3 +898,95 @@ def test_what_cannot_work_is_refused(flags, words, tmp_path, capsys):
     flags = flags.format(folder=tmp_path / "images").split()
     argv = [*SHORT, *flags, "--out", tmp_path / "run"]
     assert words in refused(weak, argv, capsys)
+
+
+@pytest.mark.parametrize("task", ["bags", "noisy"])
+def test_no_network_learns_from_what_is_held_out(task):
+    args = completed(weak, f"--task {task} --positive 1 --bag-size 4 --batch-size 8".split())
+    labels, args.classes = torch.arange(20) % 5, 5
+    data = SimpleNamespace(fit=(None, torch.arange(5, 15)), train=SimpleNamespace(labels=labels))
+    ((rows, _),), *_ = weak.TOLD[task](args, data, RUN)
+    assert {*rows.flatten().tolist()} - {-1} == {*range(5, 15)}
+
+
+def test_what_is_classified(tmp_path):
+    """Every network by itself, on whole images, of the validation or of the test split, in
+    evaluation mode; then it goes on training as it was."""
+    argv = [*SHORT, "--epochs", 9, "--lr", 0.03, "--out", tmp_path / "run"]
+    net, data, run = train(weak, argv)
+    for test, (images, index) in ((False, data.val), (True, data.test)):
+        before = copy.deepcopy(net.state_dict())
+        with contextlib.redirect_stdout(io.StringIO()):
+            results = weak.evaluate(net, data, run.args, run, test)
+        assert same(before, net.state_dict()) and net.training
+        x, whole = images.pixels[index] / 255, copy.deepcopy(net).eval()
+        for name, each in zip(weak.NETWORKS["labeling"], [whole, *whole.others.values()]):
+            right = each.head(each.backbone(x)).argmax(1) == images.labels[index]
+            assert close(results[f"{name}_accuracy"], 100 * right.double().mean(), 1e-4), name
+
+
+def test_scores_of_bags(tmp_path):
+    """Bag by bag: whether it is positive, and where the image is that makes it so."""
+    net, data, run = train(weak, [*SHORT, *"--task bags --bag-size 4 --positive 1 --out".split(),
+                                  tmp_path / "run"])
+    images, index = data.test
+    index = index[(images.labels[index] == 1).long().argsort()]  # the last ones are positive
+    found = weak.scores(net.eval(), (images, index), run.args, run)
+    y = (images.labels[index] == 1).tolist()
+    h, bags, right = net.backbone(images.pixels[index] / 255), [], []
+    for row in weak.cut_bags(torch.arange(len(y)), 4, run.args.seed).tolist():
+        row = [i for i in row if i >= 0]
+        bag, *each = net.head(h[row], torch.ones(1, len(row), dtype=torch.bool))[0].tolist()
+        right += [a > b for i, a in zip(row, each) for j, b in zip(row, each) if y[i] and not y[j]]
+        bags.append((bag, any(y[i] for i in row)))
+    ordered = [a > b for a, has in bags for b, also in bags if has and not also]
+    assert 5 < len(ordered) and close(found["bags_auc"], 100 * np.mean(ordered))
+    assert close(found["bags_image_auc"], 100 * np.mean(right))
+
+
+def test_a_tie_is_not_in_order():
+    y = torch.arange(6).view(1, 6) < 3
+    assert weak.auc(torch.zeros(1, 6), y, y | True) == 0  # of a network with one answer for all
+
+
+def test_verdict_and_best_evaluation(tmp_path, monkeypatch):
+    """h is judged, which has no negative values: a smaller spread is healthy."""
+    net, data, run = train(weak, [*SHORT, "--task", "noisy", "--out", tmp_path / "run"])
+    given = []
+
+    def health(h, z1, z2, *_, **rule):
+        given.append((torch.equal(h, z1), torch.equal(z1, z2), rule))
+        return {"verdict": ""}
+
+    monkeypatch.setattr(common, "health", health)
+    monkeypatch.setattr(weak, "scores", lambda *_: {"plain_accuracy": 50.0})
+    run.rows = [{"plain_accuracy": accuracy} for accuracy in (70.0, 90.0, 40.0)]
+    results = weak.evaluate(net, data, run.args, run, test=True)
+    assert given == [(True, False, {"name": "h", "least": 0.02})]
+    assert (results["plain_accuracy"], results["best_val_plain_accuracy"]) == (50, 90)
+
+
+def test_weight_decay(tmp_path):
+    argv = [*SHORT, "--weight-decay", 0.3, "--out", tmp_path / "run"]
+    train(weak, argv)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["state"]["optimizer"]
+    assert [group["weight_decay"] for group in saved["param_groups"]] == [0.3]
+
+
+def test_pools_of_floor_and_ceiling():
+    net = weak.build(completed(weak, "--task bags --pool noisy-or".split()))
+    pools = [each.head.pooled for each in (net, *net.others.values())]
+    assert pools == [weak.POOLS[name] for name in ("noisy-or", "mean", "max")]
+
+
+def test_by_class_is_held_near_the_majority():
+    """A step of EM, typed in: what a source has answered to each class, the same under the majority
+    vote as a prior, and one of each."""
+    votes, _ = planted(300, 3, [0.8, 0.7, 0.6, 0.6], 0.8)
+    q = weak.majority(votes, 3)
+    P = torch.ones(4, 3, 4, dtype=torch.double)  # with steps=1 both counts are the majority's
+    for shares, row in zip(q, votes.tolist()):
+        for i, vote in enumerate(row):
+            P[i, :, 1 + vote] += 2 * shares
+    _, found = weak.label_model(votes, 3, "by-class", steps=1)
+    assert close(found, weak.posterior(votes, P / P.sum(2, keepdim=True)))
