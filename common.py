@@ -184,7 +184,9 @@ def options(method, doc, table, argv=None):
     embed = Path(args.embed or "features.npz")
     if embed.is_dir() or not embed.parent.is_dir() or embed.suffix != ".npz":
         fail(f"--embed {args.embed}: no .npz in a folder that exists")
-    args.dataset = args.dataset or recall(args).get("dataset", BUILT_IN)
+    if not args.dataset:
+        made = {"dataset": BUILT_IN} | recall(args)
+        args.dataset, args.labelled = made["dataset"], args.labelled or made.get("labelled")
     return args
 
 
@@ -224,7 +226,7 @@ def recall(args):
     found = read_checkpoint(args.eval) if args.eval else {}
     made = found.get("meta", found.get("args"))
     made = made if isinstance(made, dict) else {}  # of a released file
-    usual = "dataset arch stem patch_size image_size".split()
+    usual = "dataset labelled arch stem patch_size image_size".split()
     return {k: v for k, v in made.items()
             if k in usual or (made.get("method") == args.method and k != "branch")}
 

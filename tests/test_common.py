@@ -1795,12 +1795,13 @@ def test_what_a_run_started_from_is_not_recalled(tmp_path):
 
 def test_a_file_is_evaluated_on_the_set_of_its_run(tmp_path):
     file = str(tmp_path / "last.pt")
-    for made, name in (({"method": "loop", "dataset": "a"}, "a"),
-                       ({"method": "dino", "dataset": "a"}, "a"), ({}, "toys")):
+    for made, *sets in (({"method": "loop", "dataset": "a", "labelled": "c"}, "a", "c"),
+                        ({"method": "dino", "dataset": "a"}, "a", None), ({}, "toys", None)):
         torch.save({"meta": made}, file)
-        for flags, expected in (([], name), (["--dataset", "b"], "b")):
+        for flags, expected in (([], sets), (["--dataset", "b"], ["b", None]),
+                                (["--labelled", "d"], [sets[0], "d"])):
             args = common.options("loop", "A loop", LOOP, ["--eval", file, *flags])
-            assert args.dataset == expected
+            assert [args.dataset, args.labelled] == expected
     assert common.options("loop", "A loop", LOOP, []).dataset == "toys"
 
 

@@ -241,12 +241,14 @@ def test_no_part_is_left_behind(raised, tmp_path):
 def test_resume_with_other_data_of_the_same_number(tmp_path, capsys):
     """Other names, or other labels; another path is no difference."""
     root = Path(tree(tmp_path / "one", train__a=20, train__b=20, test__a=1))
+    for file in [*(root / "train" / "b").iterdir()]:
+        file.rename(file.with_name(f"b{file.name}"))
     argv = tiny("simclr", "--eval-every", "0", "--arch", "convnet", "--stem", "7x7", "--lr", "0.5",
                 "--out", str(tmp_path / "run"), "--dataset")
     stopped_after(1, "simclr", *argv[len(tiny("simclr")):], root)
     root = root.rename(tmp_path / "two")
-    file = root / "train" / "a" / "0.png"
-    for other in ("a/new.png", "b/20.png"):
+    file = root / "train" / "a" / "9.png"  # the last of a, or of the same name the first of b
+    for other in ("a/new.png", "b/9.png"):
         moved = file.rename(root / "train" / other)
         assert "checksum" in refused(simclr, [*argv, root, "--resume"], capsys)
         moved.rename(file)
