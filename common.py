@@ -667,7 +667,7 @@ def claim(folder):
 
 
 def lock(folder):
-    """Lock the folder of a run for this process -> a descriptor, to be closed at the end."""
+    """Lock the folder of a run, unless another process has it -> a descriptor, to be closed."""
     descriptor = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     try:
         if fcntl:
