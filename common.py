@@ -220,12 +220,16 @@ def choose_recipe(side, table, cpu, device):
     return name, values | {"image_size": min(values["image_size"], side)}
 
 
+def made_with(found):
+    """The options of the run that wrote a file of this content; none of a released one."""
+    made = found.get("meta", found.get("args"))
+    return made if isinstance(made, dict) else {}
+
+
 def recall(args):
     """The options of the run that wrote the file of --eval, but for --branch, which says what that
     run started from; of another method's those of the set and the network, as others differ."""
-    found = read_checkpoint(args.eval) if args.eval else {}
-    made = found.get("meta", found.get("args"))
-    made = made if isinstance(made, dict) else {}  # of a released file
+    made = made_with(read_checkpoint(args.eval)) if args.eval else {}
     usual = "dataset labelled arch stem patch_size image_size".split()
     return {k: v for k, v in made.items()
             if k in usual or (made.get("method") == args.method and k != "branch")}
@@ -752,11 +756,12 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     if not path or (args.resume and not args.eval):  # what is resumed has weights of its own
         return True
     weights = read_checkpoint(path)
+    made = made_with(weights)
     is_run = "method" in weights and isinstance(weights.get("state"), dict)
     if is_run and weights["method"] != args.method:
         fail(f"{path} is a run of {weights['method']}: give its backbone.pt")
     if mean and not is_run:
-        warn_of_another_input(path, weights.get("meta"), args, mean)
+        warn_of_another_input(path, made, args, mean)
     if is_run:
         weights = {"model": weights["state"].get("net" if branch == "student" else kept)}
     for key in (branch, "state_dict", "model"):
@@ -780,8 +785,9 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     missing = [k for k in own if k not in weights and "num_batches" not in k]  # not in old files
     print(f"{path}: {len(fits)} of {len(weights)} tensors loaded")
     if extra or missing:
+        arch = f", --arch {made['arch']}" if "arch" in made else ""
         fail(f"{path} holds another network: not in it {shortened(missing)}, unknown or of another "
-             f"shape {shortened(extra)}; give the options it was trained with")
+             f"shape {shortened(extra)}; give the options it was trained with{arch}")
     try:
         net.load_state_dict(weights, strict=False)
     except RuntimeError:
@@ -792,9 +798,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     return whole
 
 
-def warn_of_another_input(path, meta, args, mean):
+def warn_of_another_input(path, made, args, mean):
     """Where the network of a file was trained on images less another mean, or on no RGB images."""
-    made = meta if isinstance(meta, dict) else {}
     theirs = [*made.get("mean", (0.485, 0.456, 0.406))]
     if theirs != [*mean]:
         print(f"warning: {path} is for images less a mean of {theirs}, here it is {[*mean]}: its "

@@ -101,9 +101,8 @@ def load(method, own, options, path):
     """
     args = common.options(method.__name__, method.__doc__, method.OPTIONS,
                           [*options, "--eval", path])
-    found = common.read_checkpoint(path)
-    made = found.get("meta", found.get("args"))
-    if isinstance(made, dict):  # of this project, not a released file
+    made = common.made_with(common.read_checkpoint(path))
+    if made:  # it is of this project, not a released file
         given = {option.split("=")[0] for option in options}
         for name in ("dataset", "data_dir", "limit", "seed"):
             if f"--{name.replace('_', '-')}" not in given:

@@ -362,11 +362,12 @@ def test_another_head_or_stem_is_refused(tmp_path, capsys):
     """A checkpoint of a network with other options, whole or in part."""
     args = options(simclr, "--arch resnet18 --stem 3x3 --head mlp --dim 128".split())
     net = simclr.build(args)
-    torch.save({"state_dict": net.backbone.state_dict()}, tmp_path / "backbone.pt")
+    saved = {"state_dict": net.backbone.state_dict(), "meta": {"arch": "resnet18"}}
+    torch.save(saved, tmp_path / "backbone.pt")
     argv = [*SHORT, "--arch", "resnet18", "--out", tmp_path / "run", "--init"]
     for stem in ("--stem 7x7", "--stem 3x3 --arch convnet"):
         error = refused(simclr, [*argv, tmp_path / "backbone.pt", *stem.split()], capsys)
-        assert "backbone.pt holds another network" in error
+        assert "backbone.pt holds another network" in error and "--arch resnet18" in error
 
 
 def test_a_small_batch_is_warned_of(capsys):
