@@ -149,7 +149,7 @@ def options(method, doc, table, argv=None):
     o("--amp", **one_of(["auto", "bf16", "fp16", "off"]), default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile networks and augmentation")
     o("--out", help=f"output folder (next free runs/{method}-<dataset>-s<seed>)")
-    o("--resume", action="store_true", help="go on with the interrupted run in --out")
+    o("--resume", action="store_true", help="go on with the last unfinished run of --out")
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or released weights")
     o("--eval", metavar="FILE", help="evaluate such a file, train nothing")
     o = p.add_argument_group("data").add_argument
@@ -200,7 +200,7 @@ def show_value(value):
 
 
 def hour(images):
-    """Default of --epochs: an hour of one core, for so many images of 32 pixels; at most 200."""
+    """Default of --epochs: for so many images of 32 pixels in all, at most 200."""
     return lambda args, n: min(200, math.ceil(images / n * (32 / args.image_size) ** 2))
 
 
@@ -243,7 +243,7 @@ def load_data(args, table, run, cpu=()):
     """Find the set, take what is left open in args from the recipe for it, with --eval from the run
     that is evaluated, read the set. cpu: see choose_recipe.
 
-    The size that decides is --image-size or, without it, that of the set's images.
+    The size that decides is the smaller of --image-size and that of the set's images.
     """
     made = recall(args)
     if made.get("arch", args.arch) not in (None, *table["arch"][3]["choices"]):
@@ -300,7 +300,7 @@ class Run:
     def __init__(self, args):
         self.args, self.begun = args, time.perf_counter()
         if hasattr(sys.stdout, "reconfigure"):  # a path may have what the terminal cannot print
-            sys.stdout.reconfigure(errors="backslashreplace")
+            sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         self.world = torchrun("WORLD_SIZE", "1")
         try:
             self._choose_device(args.device, args.amp)
@@ -355,7 +355,7 @@ class Run:
     def _claim(self, out):
         """Make the folder of this run: out, or where a run has it already out-2, out-3, ...
 
-        With --resume: that of them which was stopped last.
+        With --resume: the unfinished one of the newest last.pt.
         """
         folders = [Path(out)] + [Path(f"{Path(out)}-{n}") for n in range(2, 1000)]
         claimed = [None]
@@ -390,7 +390,8 @@ class Run:
             fail("nothing reads the output any more")
         if re.search("MemoryError|out of memory|allocate memory", repr(error)):
             fail(f"the memory of {self.name} is not enough: lower --batch-size, now "
-                 f"{self.args.batch_size}, --image-size or --memory-limit")
+                 f"{self.args.batch_size}, --image-size or --memory-limit, or, in an evaluation, "
+                 "probe on a smaller --labelled set")
 
     # -- networks and processes
 
@@ -490,8 +491,8 @@ class Run:
         items = data.epoch(epoch, self.first, self.args.batch_size, crops, self, self.args.seed)
         if tqdm and sys.stderr and sys.stderr.isatty() and main_process():
             self.bar = tqdm(total=self.per_epoch, desc=f"epoch {epoch + 1}", leave=False)
-        self.waiting, self.epoch_begun = 0.0, time.perf_counter()
-        tick = self.epoch_begun
+        self.waiting = 0.0
+        tick = self.epoch_begun = self.printed = time.perf_counter()
         for views, _ in items:
             self.waiting += time.perf_counter() - tick
             yield self.step, views
@@ -516,12 +517,16 @@ class Run:
             self._look()
 
     def _look(self):
-        """Read the sums: the bar, the end of a hopeless run, and whether a signal came."""
+        """Read the sums: what is shown, the end of a hopeless run, and whether a signal came."""
         loss, *_, good, failed = self.sums.tolist()
+        rates = "".join(f", {k} {v:.3g}" for k, v in self.rates.items())
+        figures = f"loss {loss / max(good, 1):.3f}{self._chance('loss')}{rates}"
         if self.bar:
-            rates = "".join(f", {k} {v:.3g}" for k, v in self.rates.items())
-            self.bar.set_postfix_str(f"loss {loss / max(good, 1):.3f}{self._chance('loss')}{rates}")
+            self.bar.set_postfix_str(figures)
             self.bar.update(self.step % self.per_epoch - self.bar.n)
+        elif time.perf_counter() - self.printed > 300:  # a log file, and an epoch that takes long
+            print(f"step {self.step:,} of {self.steps:,}: {figures}")
+            self.printed = time.perf_counter()
         if failed >= 50:
             fail(f"no finite loss and gradient for 50 steps, up to {self.step}: lower --lr")
         self._heed()
@@ -610,7 +615,7 @@ class Run:
     def report(self, results, test):
         """Print an evaluation, with test beside the floors -> results.
 
-        With --eval and a random head those of z are left out.
+        With --eval and a random head accuracies of z and the verdict are left out.
         """
         if self.args.eval and self.args.random_head and ": h " not in results["verdict"]:
             results = {k: v for k, v in results.items() if not k.startswith("head_")}
@@ -1221,7 +1226,8 @@ def find_images(folder):
         entered.add(real)
         folders[:] = sorted(f for f in folders if not hidden(f))
         files = [f for f in files if not hidden(f)]
-        images = [os.path.join(path, f) for f in files if Path(f).suffix.lower() in SUFFIXES]
+        images = [os.path.join(path, f) for f in files
+                  if os.path.splitext(f)[1].lower() in SUFFIXES]
         images = [f for f in images if os.path.isfile(f)]  # to open a pipe is to wait
         found += images
         others += len(files) - len(images)
@@ -1231,8 +1237,8 @@ def find_images(folder):
 def rgb(image):
     """A Pillow image of any kind -> 8-bit RGB, transparent pixels on white.
 
-    Deeper images are scaled by the range they use: from 0 to 1, to the most of 8, 10, 12, 14 or 16
-    bits, or, where that is not enough, from their least to their largest value.
+    Deeper images are scaled by the range they use: from 0, or a lower least value, to 1, to the
+    most of 8, 10, 12, 14 or 16 bits or, where that is not enough, to their largest value.
     """
     if image.mode[0] in "IF":  # which Pillow would clip
         a = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
@@ -1261,21 +1267,22 @@ def read_image(file, shorter):
         factor = shorter / min(image.size)
         if factor < 1:
             image = image.resize([round(factor * s) for s in image.size], Image.BILINEAR)
-        return np.array(image)
+        high = image.height >= image.width
+        planes = np.asarray(image).transpose((2, 0, 1) if high else (2, 1, 0)).copy()
+        return planes.transpose((1, 2, 0) if high else (2, 1, 0))  # (H, W, 3) that pad only copies
     except Exception as error:  # a broken file raises whatever its decoder likes
         return str(error) or type(error).__name__
 
 
 def read_all(files, shorter, memory_gb, workers):
-    """read_image of all files, or None once they take more, padded to one size, than that."""
+    """read_image of all files, or None if they take more, padded to one size, than that."""
     images, largest = [], np.zeros(2)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for image in pool.map(read_image, files, [shorter] * len(files)):
-            images.append(image)
-            if not isinstance(image, str):
-                largest = np.maximum(largest, sorted(image.shape[:2]))
-            if len(images) * 3 * largest.prod() > memory_gb * 2**30:
-                pool.shutdown(cancel_futures=True)
+        for n in range(0, len(files), 1000):  # of a million it often takes no more to know
+            images += pool.map(read_image, files[n : n + 1000], [shorter] * 1000)
+            read = [image for image in images[n:] if not isinstance(image, str)]
+            largest = np.max([largest, *(sorted(image.shape[:2]) for image in read)], 0)
+            if len(files) * 3 * largest.prod() > memory_gb * 2**30:
                 return None
     return images
 
@@ -1330,7 +1337,8 @@ class Images:
 
 class Data:
     """A set by name (the built-in one, a key of SETS) or folder: PATH/train/<class>/* with
-    PATH/{val,validation} and PATH/test in the same form, or any tree of images, without labels.
+    PATH/{val,validation} and PATH/test in the same form (without the latter the former is the
+    test), or any tree of images, without labels.
 
     train: its training images; fit, val, test: (images, index) for the probes. Where there is no
     validation split it is a tenth of the labelled training images, of every class, and where there
@@ -1495,19 +1503,21 @@ def hold_out(labels):
     """Index of nine tenths and of one tenth of every class, which loses one image at least if it
     has two."""
     kept, tenth, order = [], [], shuffle(len(labels))
-    for c in labels.unique():
-        i = order[labels[order] == c]
+    order = order[labels[order].argsort(stable=True)]  # class by class
+    for i in order.split(labels.unique(return_counts=True)[1].tolist()):
         n = 0 if len(i) < 2 else math.ceil(len(i) / 10)
         kept.append(i[n:])
         tenth.append(i[:n])
     return torch.cat(kept), torch.cat(tenth)
 
 
-def pad(images):
+def pad(images, pin=False):
     """List of arrays (H, W[, 3]) uint8 -> (N, 3, longest, widest), and their sizes (N, 2): those
-    wider than high lie transposed, as padding all to one size would double the work otherwise."""
+    wider than high lie transposed, as padding all to one size would double the work otherwise.
+    pin: in memory that a GPU copies from while the host goes on."""
     sizes = torch.tensor([image.shape[:2] for image in images])
-    pixels = torch.zeros(len(images), 3, sizes.amax(), sizes.amin(1).amax(), dtype=torch.uint8)
+    shape = len(images), 3, sizes.amax(), sizes.amin(1).amax()
+    pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=pin)
     for place, image in zip(pixels, images):
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
         image = image.mT if image.shape[1] < image.shape[2] else image
@@ -1561,7 +1571,8 @@ def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
     """
     chunks = order.split(size)
     if images.files:
-        items = stream(images, chunks, workers)
+        pin = torch.device(device).type == "cuda"
+        items = stream(images, chunks, workers, pin)
     else:
         here = order.to(device).split(size)  # at once: copying to a GPU makes it wait
         items = ((images.pixels[i], images.sizes[i], j) for i, j in zip(here, chunks))
@@ -1572,9 +1583,9 @@ def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
         yield [c.cut(x, sizes) for c in crops for _ in range(c.count)], index
 
 
-def stream(images, chunks, workers, ahead=3):
+def stream(images, chunks, workers, pin=False, ahead=3):
     """Yield pixels (B, 3, H, W) uint8, sizes (B, 2) and the index of every chunk, read so many
-    chunks ahead by threads: Pillow decodes in parallel."""
+    chunks ahead by threads: Pillow decodes in parallel. pin: see pad."""
     pool = ThreadPoolExecutor(max(workers, 1))
 
     def start(chunk):
@@ -1586,6 +1597,6 @@ def stream(images, chunks, workers, ahead=3):
             index, arrays = zip(*(future.result() for future in reading.pop(0)))
             reading += [start(chunk) for chunk in chunks[n + ahead : n + ahead + 1]]
             _ = [fail(reason) for reason in arrays if isinstance(reason, str)]  # no file is left
-            yield *pad(arrays), torch.tensor(index)
+            yield *pad(arrays, pin), torch.tensor(index)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -589,7 +589,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, 1 + T, 3, heads, D / heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, D / heads) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, 1 + T, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 

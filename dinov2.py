@@ -28,7 +28,7 @@ One step for a batch of N images:
     L_DINO                          class tokens, pairs of different views  class_loss
     L_iBOT                          hidden patches, of the same view        masked_loss
     L_KoLeo                         of the global views' h                  koleo
-    update g_s                      by L_DINO + L_iBOT + w L_KoLeo (w 0.1)  train
+    update g_s                      by L_DINO + L_iBOT + w L_KoLeo          train
     g_t = m g_t + (1 - m) g_s       m rises to 1                            ema_update, cosine
 
 Symbols: u, v (N, 3, S, S) views in [0, 1]; masks (2N, S / P, S / P) bool, true is hidden, M patches
@@ -813,7 +813,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, 1 + T, 3, heads, D / heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, D / heads) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, 1 + T, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 

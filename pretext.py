@@ -823,7 +823,7 @@ def train(args, run):
     net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
     every = torch.arange(0, args.images, math.ceil(args.images / 256))  # over the whole set
     *sample, _ = common.embed(lambda x: x, (data.train, every), crops(args), run)
-    sample = torch.cat(sample)  # (512, 3, S, S)
+    sample = torch.cat(sample)  # (512 at most, 3, S, S)
     grey = sample.std(1).amax().item() < 1e-3
     if hasattr(net, "bins") and grey and not args.eval:
         common.fail(f"--task {args.task}: these images are grey, there are no colours to tell")

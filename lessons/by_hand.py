@@ -8,7 +8,7 @@
     python lessons/by_hand.py koleo          DINOv2: distance to the nearest neighbour
     python lessons/by_hand.py attention_pool weak supervision: the attention over a bag
 
-Steps are done here with plain numbers. Each is held against the function that trains: its result,
+Steps are done here with plain numbers. Each is held against the function of the file: its result,
 its results for fewer images or rounds, and the variables inside it. If one differs by 1e-6, the
 program stops and says which.
 """

@@ -5,7 +5,7 @@
     python lessons/exercise.py --all               a course: one exercise a file, the easiest first
     python lessons/exercise.py --list
 
-The docstring of the function has its equation, and names the tests that grade it. Your function and
+The docstring of the function says what it does, mostly as an equation. Your function and
 those in which we have planted a known mistake (tests/mistakes.py) get the same random inputs: if it
 returns what one of them returns, gradients and changed inputs included, that is the mistake. Else
 you are told which test failed, and what your function gives and ours.

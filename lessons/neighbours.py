@@ -1,8 +1,8 @@
 """What a network takes for alike: the nearest images by pixels, before and after training.
 
 Slides: "Self-Supervised Learning (SSL)": useful representations without manual annotation. For one
-test image of every class the nearest training images by cosine, framed green where the class is the
-same; above them the share of the same class among the five nearest of all test images.
+test image of each of six classes the nearest training images by cosine, framed green where the
+class is the same; above them the share of the same class among the five nearest of all test images.
 
     python dino.py --epochs 100
     python lessons/neighbours.py runs/dino-toys-s0/backbone.pt

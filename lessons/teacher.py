@@ -7,7 +7,7 @@ gives it targets of a higher quality.
 Where it does not lag behind (m = 0) student and teacher chase each other. After every epoch both
 networks are asked for the class of the validation images, by k-NN of h. The teacher's momentum m
 rises to 1 by half a cosine (paper), stays at its first value (dino.py on `toys`), or is 0: then the
-teacher is the student of the step before.
+teacher is the student itself.
 
     python lessons/teacher.py
     python lessons/teacher.py --dataset cifar10 --epochs 50

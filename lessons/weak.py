@@ -14,7 +14,7 @@ method reaches between a floor and a ceiling.
             where wrong labels are learned by heart later on.
   pseudo    Few labels and many images without, few labels alone, and all labels.
 
-    python lessons/weak.py                  33 runs of about a minute on a CPU core
+    python lessons/weak.py                  33 runs, 22 minutes of a CPU core
     python lessons/weak.py --tasks bags noisy pseudo --dataset cifar10 --epochs 50
 
 Options that are not listed in --help go to weak.py. Writes lessons/weak_TASK.csv, a line per run,

@@ -186,7 +186,7 @@ MISTAKES = [
     Mistake("your target follows in the wrong direction", "byol.py", "ema_update",
             "1 - m,", "m,",
             BYOL + "test_ema_update",
-            "The target is the online network of the step before.", ""),
+            "The target is nearly the online network itself.", ""),
     Mistake("your target never follows", "byol.py", "train",
             "            ema_update(net_ema, net, torch.where(ok, m, 1.0))"
             "  # EMA: xi = m xi + (1 - m) theta\n", "",

@@ -464,6 +464,28 @@ def test_main_outside_the_main_thread(tmp_path, no_curves):
     assert "linear_top1" in results[0]
 
 
+def test_a_log_file_has_every_line_at_once(tmp_path):
+    line = ("import common, os, simclr, sys; args = common.options('x', '', simclr.OPTIONS, "
+            "sys.argv[1:]); common.Run(args); os._exit(0)")  # without flushing
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    run = subprocess.run([sys.executable, "-c", line, "--out", tmp_path / "run"], cwd=ROOT,
+                         env=env, capture_output=True)
+    assert run.stdout.startswith(b"x on toys"), run.stderr
+
+
+def test_a_long_epoch_is_heard_of_in_a_log_file(tmp_path, monkeypatch, capsys):
+    clock, sleep = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + sleep[0])
+
+    def wait(step):
+        sleep[0] += 130
+
+    with opened("--out", tmp_path / "run", "--epochs", "1") as run:
+        loop(run, before=wait)
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step")]
+    assert lines == ["step 3 of 3: loss 1.000, lr 0.2"]
+
+
 @pytest.mark.parametrize("terminal, tool", [(True, True), (False, True), (True, False)])
 def test_bar(terminal, tool, tmp_path, monkeypatch, capsys):
     if not tool:
@@ -1364,6 +1386,39 @@ def test_memory_limit_is_of_what_the_images_take(tmp_path, capsys):
         data.read(16, CPU, memory_gb, 2)
         assert bool(data.train.files) == streamed == (data.train.pixels is None)
         assert ("streamed" in capsys.readouterr().out) == streamed
+
+
+def test_of_a_million_files_few_are_read_to_know_what_they_take(monkeypatch):
+    read = []
+
+    def image(file, shorter):
+        read.append(file)
+        return np.zeros((8, 8, 3), np.uint8) if file % 7 else "broken"
+
+    monkeypatch.setattr(common, "read_image", image)
+    assert common.read_all(range(50_000), 8, 0.001, 2) is None and len(read) <= 2000
+    images = common.read_all(range(2500), 8, 0.001, 2)  # 0.48 of 1.07 MB
+    assert [isinstance(x, str) for x in images] == [i % 7 == 0 for i in range(2500)]
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (30, 30)], ids=str)
+def test_an_image_lies_in_memory_as_pad_copies_it(tmp_path, size):
+    Image.fromarray(photo(*size, 0)).save(tmp_path / "x.png")
+    image = common.read_image(tmp_path / "x.png", 48)
+    assert (image == photo(*size, 0)).all()
+    planes = torch.from_numpy(image).permute(2, 0, 1)  # the slow part, done in parallel
+    assert (planes.mT if size[0] < size[1] else planes).is_contiguous()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
+def test_a_gpu_copies_streamed_images_from_pinned_memory(photos, monkeypatch, device):
+    zeros, pinned = torch.zeros, []
+    monkeypatch.setattr(common, "to_device", lambda x, device: x)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **more: (
+        pinned.append(pin_memory), zeros(*shape, **more))[1])
+    images = common.Images(torch.arange(2), files=[*map(str, photos.iterdir())][:2], shorter=9)
+    [*common.batches(images, torch.arange(2), 2, CENTRE, device)]
+    assert pinned[0] == (device == "cuda")
 
 
 def test_broken_files_are_skipped_counted_and_listed(tmp_path, capsys):
