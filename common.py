@@ -159,7 +159,8 @@ def options(method, doc, table, argv=None):
     o("--labelled", metavar="SET", help="for the probes, where --dataset has no labels")
     o("--limit", **FROM_1, help="use only so many images of each split (all)")
     o("--workers", **FROM_0, default=cores(), help="threads that read files (one per core)")
-    o("--memory-limit", **number(float, 0), default=8, help="GB; a larger folder is streamed (8)")
+    o("--memory-limit", **number(float, 0), default=memory(),
+      help="GB; a larger folder is streamed (8, or a quarter of the memory)")
     o = p.add_argument_group(
         "method", "defaults: built-in set | images up to 64 pixels (without a GPU: the first, "
         "with the changes of CPU in the file) | larger images").add_argument
@@ -716,6 +717,15 @@ def cores():
     """Processors this process may use, its share of them under torchrun."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, count // max(1, torchrun("LOCAL_WORLD_SIZE", "1")))
+
+
+def memory():
+    """GB: 8, or a quarter of this process's share of the machine's, as a set that is read lies
+    there twice for a while."""
+    if not hasattr(os, "sysconf"):  # on Windows
+        return 8
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return min(8, round(size / 4 / max(1, torchrun("LOCAL_WORLD_SIZE", "1")), 1))
 
 
 # ==================================================================================================
@@ -1516,7 +1526,7 @@ def pad(images, pin=False):
     wider than high lie transposed, as padding all to one size would double the work otherwise.
     pin: in memory that a GPU copies from while the host goes on."""
     sizes = torch.tensor([image.shape[:2] for image in images])
-    shape = len(images), 3, sizes.amax(), sizes.amin(1).amax()
+    shape = len(images), 3, int(sizes.amax()), int(sizes.amin(1).amax())
     pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=pin)
     for place, image in zip(pixels, images):
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)

@@ -1388,6 +1388,18 @@ def test_memory_limit_is_of_what_the_images_take(tmp_path, capsys):
         assert ("streamed" in capsys.readouterr().out) == streamed
 
 
+def test_memory_limit_fits_the_machine(monkeypatch):
+    table = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 * 2**18}
+    monkeypatch.setattr(os, "sysconf", table.get)
+    assert tools.options(simclr, []).memory_limit == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert tools.options(simclr, []).memory_limit == 2
+    table["SC_PHYS_PAGES"] *= 64
+    assert tools.options(simclr, []).memory_limit == 8
+    monkeypatch.delattr(os, "sysconf")
+    assert tools.options(simclr, []).memory_limit == 8
+
+
 def test_of_a_million_files_few_are_read_to_know_what_they_take(monkeypatch):
     read = []
 
