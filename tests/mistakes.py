@@ -288,7 +288,7 @@ MISTAKES = [
             "vturrisi/solo-learn#289"),
     Mistake("you resize the positions by a factor that is rounded down", "dino.py", "resample",
             "((height + 0.1) / side, (width + 0.1) / side)", "(height / side, width / side)",
-            DINO + "test_other_resolutions",
+            DINO + "test_resampled_positions",
             "At some sizes one row or column is missing and the program stops.",
             "facebookresearch/dino#8"),
     # ---- ibot.py ---------------------------------------------------------------------------------
@@ -519,7 +519,8 @@ def in_memory(sources):
 
 
 class Reports:
-    """A plugin of pytest that keeps how the tests went: failed, {test: why}, and passed."""
+    """A plugin of pytest that keeps how the tests went: failed, {test: why}, and passed. What was
+    skipped is in neither."""
 
     def __init__(self):
         self.failed, self.passed = {}, []
@@ -527,7 +528,7 @@ class Reports:
     def pytest_runtest_logreport(self, report):
         if report.failed:
             self.failed[report.nodeid] = report.longreprtext
-        elif report.when == "call":
+        elif report.when == "call" and report.passed:
             self.passed.append(report.nodeid)
 
     def pytest_collectreport(self, report):
