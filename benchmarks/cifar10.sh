@@ -13,7 +13,7 @@
 #
 # and, not in `all`, for a machine without a GPU:
 #
-#   cpu          the CPU's recipes: about an hour a file on one core
+#   cpu          the CPU's recipes: up to an hour a file on one core
 #
 # The others are for one GPU, with --compile. What is finished is left alone and what was cut goes on
 # where it was, so the same command can be given again. Every method trained there is evaluated again
