@@ -13,6 +13,7 @@ import argparse
 import atexit
 import codecs
 import contextlib
+import errno
 import functools
 import inspect
 import json
@@ -276,6 +277,11 @@ def load_data(args, table, run, cpu=()):
     names = [os.path.basename(f) for f in items if isinstance(f, str)]
     args.checksum = zlib.crc32(repr((names, np.ravel(labels).tolist())).encode())
     print(f"{n:,} training images, {len(data.val[1]):,} for validation")
+    found = [None] * run.world
+    if run.world > 1:
+        dist.all_gather_object(found, (n, args.checksum))
+    if len({*found}) > 1:
+        fail(f"the processes do not find the same images: {', '.join(f'{n:,}' for n, _ in found)}")
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
         fail(f"--batch-size {args.batch_size} is over the number of training images, {n}, or no "
              f"multiple of that of processes, {run.world}")
@@ -295,7 +301,7 @@ class Run:
 
     Under torchrun it joins the other processes, and only the first one prints. From the first to
     the last epoch SIGTERM, SIGINT and SIGHUP save a checkpoint and end the program; a second one
-    of the first two ends it at once.
+    of the first two ends it at once (under torchrun after five seconds).
     """
 
     def __init__(self, args):
@@ -379,6 +385,8 @@ class Run:
 
     def __exit__(self, kind, error, _):
         self.handlers.close()
+        if kind and not self.stopped:  # others may wait for this process, which must not wait, too
+            atexit.unregister(dist.destroy_process_group)
         if main_process():
             os.close(self.lock)
         if kind and self.step == 0 and not self.args.resume and main_process():
@@ -482,8 +490,10 @@ class Run:
     def _catch(self, number, frame):
         if number not in (signal.SIGTERM, signal.SIGINT):  # SIGHUP, which may come twice
             sys.stdout = sys.stderr = open(os.devnull, "w")
-        elif self.signal:
-            raise KeyboardInterrupt
+        elif self.signal and (self.world == 1 or time.perf_counter() - self.noticed > 5):
+            raise KeyboardInterrupt  # at once torchrun passes on what all have had already
+        elif not self.signal:
+            self.noticed = time.perf_counter()
         self.signal = number
 
     def batches(self, data, epoch, crops):
@@ -724,8 +734,10 @@ def memory():
     there twice for a while."""
     if not hasattr(os, "sysconf"):  # on Windows
         return 8
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return min(8, round(size / 4 / max(1, torchrun("LOCAL_WORLD_SIZE", "1")), 1))
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # of a container: a number, or "max"
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(8, round(size / 2**32 / max(1, torchrun("LOCAL_WORLD_SIZE", "1")), 1))
 
 
 # ==================================================================================================
@@ -1236,9 +1248,9 @@ def find_images(folder):
         entered.add(real)
         folders[:] = sorted(f for f in folders if not hidden(f))
         files = [f for f in files if not hidden(f)]
+        regular = {f.name for f in os.scandir(path) if f.is_file()}  # to open a pipe is to wait
         images = [os.path.join(path, f) for f in files
-                  if os.path.splitext(f)[1].lower() in SUFFIXES]
-        images = [f for f in images if os.path.isfile(f)]  # to open a pipe is to wait
+                  if os.path.splitext(f)[1].lower() in SUFFIXES and f in regular]
         found += images
         others += len(files) - len(images)
     return sorted(found), others
@@ -1264,8 +1276,19 @@ def rgb(image):
 def read_image(file, shorter):
     """(H, W, 3) uint8 with a shorter side of at most so many pixels, or the reason why not.
 
-    Of an image that is more than twice as long as wide, the middle is kept.
+    Of an image that is more than twice as long as wide, the middle is kept. What may be the disk
+    or the network, and pass, is waited for.
     """
+    for pause in (1, 5, 20, 60, 0):
+        image, number = decode(file, shorter)
+        if number in (None, errno.ENOENT, errno.EACCES):
+            break
+        time.sleep(pause)
+    return image
+
+
+def decode(file, shorter):
+    """The array of read_image or the reason, and the error's number if the system has raised it."""
     try:
         image = Image.open(file)
         image.draft("RGB", (shorter, shorter))  # JPEG: decodes at 1/2, 1/4 or 1/8
@@ -1279,9 +1302,9 @@ def read_image(file, shorter):
             image = image.resize([round(factor * s) for s in image.size], Image.BILINEAR)
         high = image.height >= image.width
         planes = np.asarray(image).transpose((2, 0, 1) if high else (2, 1, 0)).copy()
-        return planes.transpose((1, 2, 0) if high else (2, 1, 0))  # (H, W, 3) that pad only copies
+        return planes.transpose((1, 2, 0) if high else (2, 1, 0)), None  # pad only copies these
     except Exception as error:  # a broken file raises whatever its decoder likes
-        return str(error) or type(error).__name__
+        return str(error) or type(error).__name__, getattr(error, "errno", None)
 
 
 def read_all(files, shorter, memory_gb, workers):
@@ -1335,11 +1358,11 @@ class Images:
         """i and the pixels of file i. A broken file leaves the set, another is drawn for it."""
         draw = random.Random(i)
         while any(self.files):
-            if self.files[i]:
-                image = read_image(self.files[i], self.shorter)
+            if file := self.files[i]:  # once, as other threads read, too
+                image = read_image(file, self.shorter)
                 if not isinstance(image, str):
                     return i, image
-                report_broken({self.files[i]: image})
+                report_broken({file: image})
                 self.files[i] = None
             i = draw.randrange(len(self.files))
         return i, f"none of the {len(self.files)} image files can be read"
@@ -1590,7 +1613,9 @@ def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
         x = to_device(x, device).float().div_(255)
         sizes = to_device(sizes, device)
         reseed(*seed, first + i)
-        yield [c.cut(x, sizes) for c in crops for _ in range(c.count)], index
+        views = [c.cut(x, sizes) for c in crops for _ in range(c.count)]
+        del x  # up to gigabytes, which the step can use
+        yield views, index
 
 
 def stream(images, chunks, workers, pin=False, ahead=3):

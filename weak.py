@@ -549,7 +549,7 @@ class Batches:
                                run.args.workers, (seed, number, run.rank), first)
         for (views, read), index in zip(items, order.to(run.device)):
             # which were read: for a broken file another one
-            self.index = index.masked_scatter(index >= 0, read.to(run.device))
+            self.index = index.masked_scatter(index >= 0, common.to_device(read, run.device))
             yield views, self.index
 
 

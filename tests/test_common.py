@@ -6,6 +6,7 @@ all of them."""
 
 import contextlib
 import copy
+import errno
 import inspect
 import io
 import json
@@ -437,6 +438,10 @@ def test_signals(first, tmp_path, capsys):
         next(run.epochs(Steps()))
         signal.raise_signal(first)
         assert run.signal == first
+        run.world = 2
+        signal.raise_signal(first)  # from torchrun, which passes on what all have had
+        run.noticed -= 5 * (first == signal.SIGTERM)
+        run.world = 1 + (first == signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)  # a second one ends it at once
     assert stopped.value.code == 130 and handlers() == before
 
@@ -835,6 +840,7 @@ def test_health():
 # The linear probe stands in every method file, with one text
 
 PENALTIES = (1.0, 0.1, 1e-3)
+GIVEN = [0.3 * penalty for penalty in PENALTIES]  # as for ten classes; blobs have three
 
 
 def blobs(n, spread, seed=0):
@@ -872,7 +878,7 @@ def test_regression_path():
     keep = (y != 0) | (torch.arange(240) % 4 == 0)  # uneven classes: the bias matters
     data = x[keep], y[keep], *blobs(6000, 0.5, seed=1)
     with torch.no_grad():  # as evaluation calls it
-        path = [*simclr.regression_path(*data, PENALTIES)]
+        path = [*simclr.regression_path(*data, GIVEN)]
     assert path == pytest.approx([newton(*data, penalty) for penalty in PENALTIES], abs=0.1)
     for mistake in ("no bias", "bias decays", "penalty times 10", "no penalty", "not standardised"):
         assert abs(newton(*data, 0.1, mistake) - path[1]) > 2, mistake
@@ -881,15 +887,15 @@ def test_regression_path():
 def test_linear_probe():
     """The penalty is chosen on val, never on test; the test's classifier is of fit and val."""
     fit, val, test = blobs(12, 0.9), blobs(90, 0.9, seed=10), blobs(900, 0.9, seed=20)
-    on_val = [*simclr.regression_path(*fit, *val, PENALTIES)]
-    assert simclr.linear_probe(fit, val, penalties=PENALTIES) == max(on_val) == on_val[1]
+    on_val = [*simclr.regression_path(*fit, *val, GIVEN)]
+    assert simclr.linear_probe(fit, val, penalties=GIVEN) == max(on_val) == on_val[1]
     both = torch.cat([fit[0], val[0]]), torch.cat([fit[1], val[1]])
-    got = simclr.linear_probe(fit, val, test, PENALTIES)
+    got = simclr.linear_probe(fit, val, test, GIVEN)
     assert got == pytest.approx(newton(*both, *test, 0.1), abs=0.3)  # two of 900
     assert newton(*fit, *test, 0.1) < got - 5  # of fit alone
     assert newton(*both, *test, 1.0) > got + 1  # another penalty would have been better on test
     without = fit[1] < 2
-    rare = simclr.linear_probe((fit[0][without], fit[1][without]), val, test, PENALTIES)
+    rare = simclr.linear_probe((fit[0][without], fit[1][without]), val, test, GIVEN)
     assert abs(rare - got) < 10  # a class that is in val alone
     assert simclr.linear_probe(blobs(90, 0.1), blobs(300, 0.1, seed=1)) == 100  # separable
     no_fit, no_val = (fit[0] * math.inf, fit[1]), (val[0] * math.nan, val[1])
@@ -1395,9 +1401,69 @@ def test_memory_limit_fits_the_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert tools.options(simclr, []).memory_limit == 2
     table["SC_PHYS_PAGES"] *= 64
+    monkeypatch.setattr(Path, "read_text", lambda path: str(4 * 2**30))
+    assert tools.options(simclr, []).memory_limit == 0.5  # a container's
+    monkeypatch.setattr(Path, "read_text", lambda path: "max\n")
     assert tools.options(simclr, []).memory_limit == 8
     monkeypatch.delattr(os, "sysconf")
     assert tools.options(simclr, []).memory_limit == 8
+
+
+@pytest.mark.parametrize("number, left", [(errno.EIO, 3), (errno.ENOENT, 0), (None, 0)])
+def test_a_disk_that_fails_for_a_while_costs_no_image(tmp_path, monkeypatch, number, left):
+    Image.fromarray(photo(9, 9, 0)).save(tmp_path / "x.png")
+    opened, pauses, failing = Image.open, [], [OSError(number, "why")] * 3
+
+    def open_(file):
+        if failing:
+            raise failing.pop()
+        return opened(file)
+
+    monkeypatch.setattr(Image, "open", open_)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    image = common.read_image(tmp_path / "x.png", 48)
+    assert len(pauses) == left and isinstance(image, str) == (left == 0)
+    failing += [OSError(errno.EIO, "why")] * 9
+    assert "why" in common.read_image(tmp_path / "x.png", 48) and sum(pauses) < 120
+
+
+@pytest.mark.parametrize("there", [(20, 0), (-2, 0), (0, 1)], ids=str)
+def test_processes_that_find_other_images_stop_at_once(tmp_path, monkeypatch, capsys, there):
+    def gather(found, mine):
+        found[:] = mine, tuple(a + b for a, b in zip(mine, there))
+
+    monkeypatch.setattr(common.dist, "all_gather_object", gather)
+    argv = [*TINY, "--batch-size", "4", "--dataset", tree(tmp_path, **TRAIN)]
+    run = SimpleNamespace(folder=tmp_path, device=CPU, world=2)
+    args = tools.options(simclr, argv)
+    error = fails(lambda: common.load_data(args, simclr.OPTIONS, run, simclr.CPU), capsys)
+    assert f"the same images: {args.images}, {args.images + there[0]}" in error
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch):
+    """destroy_process_group may do so, while they wait for it."""
+    left = []
+    monkeypatch.setattr(common.atexit, "unregister", left.append)
+    for error, stopped, count in ((None, 0, 0), (ZeroDivisionError, 0, 1), (SystemExit, 15, 1)):
+        with contextlib.suppress(ZeroDivisionError, SystemExit), opened(
+                "--out", tmp_path / "run") as run:
+            run.stopped = stopped
+            if error:
+                raise error
+        assert left == [common.dist.destroy_process_group] * count
+
+
+def test_a_broken_file_that_two_threads_read(monkeypatch):
+    images = common.Images(torch.arange(2), files=["a", "b"], shorter=9)
+
+    def read(file, shorter):
+        if file == "a":
+            images.files[0] = None  # by the other one
+            return "broken"
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(common, "read_image", read)
+    assert images.read(0)[0] == 1
 
 
 def test_of_a_million_files_few_are_read_to_know_what_they_take(monkeypatch):
