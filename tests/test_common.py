@@ -440,10 +440,11 @@ def test_signals(first, tmp_path, capsys):
         assert run.signal == first
         run.world = 2
         signal.raise_signal(first)  # from torchrun, which passes on what all have had
+        steps.append("goes on")
         run.noticed -= 5 * (first == signal.SIGTERM)
         run.world = 1 + (first == signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)  # a second one ends it at once
-    assert stopped.value.code == 130 and handlers() == before
+    assert stopped.value.code == 130 and handlers() == before and steps[-1] == "goes on"
 
 
 def test_a_signal_in_the_last_evaluation(tmp_path, capsys):
