@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import Image, ImageOps, PngImagePlugin
 from torchvision import datasets
 from torchvision.utils import save_image
@@ -150,7 +151,7 @@ def options(method, doc, table, argv=None):
     o("--amp", **one_of(["auto", "bf16", "fp16", "off"]), default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile networks and augmentation")
     o("--out", help=f"output folder (next free runs/{method}-<dataset>-s<seed>)")
-    o("--resume", action="store_true", help="go on with the last unfinished run of --out")
+    o("--resume", action="store_true", help="go on with the last unfinished run of --out, or begin")
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or released weights")
     o("--eval", metavar="FILE", help="evaluate such a file, train nothing")
     o = p.add_argument_group("data").add_argument
@@ -362,21 +363,27 @@ class Run:
     def _claim(self, out):
         """Make the folder of this run: out, or where a run has it already out-2, out-3, ...
 
-        With --resume: the unfinished one of the newest last.pt.
+        With --resume: the unfinished one of the newest last.pt. Where none is, nor a finished one,
+        a run begins, so that a job that is started again and again can have the option always.
         """
         folders = [Path(out)] + [Path(f"{Path(out)}-{n}") for n in range(2, 1000)]
-        claimed = [None]
+        claimed = [None, False]
         if main_process() and self.args.resume:
-            stopped = [f for f in folders if (f / "last.pt").exists()
-                       and not (f / "results.json").exists()]
+            begun = [f for f in folders if (f / "last.pt").exists()]
+            stopped = [f for f in begun if not (f / "results.json").exists()]
+            if begun and not stopped:
+                fail(f"--resume: the run in {printable(out)} is finished")
             stopped.sort(key=lambda f: os.path.getmtime(f / "last.pt"))
-            claimed = stopped[-1:] or fail(
-                f"--resume: no stopped run with a last.pt in {out}, name it by --out")
-        elif main_process():
+            if stopped:
+                claimed = [stopped[-1], True]
+            else:
+                print(f"--resume: no last.pt in {printable(out)}, a run begins")
+        if main_process() and not claimed[0]:
             claimed[0] = next(filter(claim, folders), None) or fail(f"too many runs in {out}-*")
         if self.world > 1:
             dist.broadcast_object_list(claimed)
-        return claimed[0]
+        folder, self.args.resume = claimed
+        return folder
 
     def __enter__(self):
         if main_process():
@@ -553,8 +560,11 @@ class Run:
     def _chance(self, name):
         return f" (chance {self.chance[name]:.3f})" if name in self.chance else ""
 
-    def end_epoch(self):
-        """Note and print the means of an epoch -> whether an evaluation is due."""
+    def end_epoch(self, state):
+        """Note and print the means of an epoch -> whether an evaluation is due.
+
+        Before one state is saved: it may take long, and 30 s after a signal torchrun kills.
+        """
         *sums, good, _ = self.sums.tolist()  # waits until a GPU is done, so before the clock
         seconds = time.perf_counter() - self.epoch_begun
         self.seconds += seconds
@@ -573,7 +583,10 @@ class Run:
         left = self.seconds / self.step * (self.steps - self.step)
         print(f"epoch {row['epoch']}: {figures}, {failed} steps skipped, {images / seconds:,.0f} "
               f"images/s, {row['waiting']:.0%} waiting for data, {left / 60:.1f} min left")
-        return bool(self.args.eval_every) and row["epoch"] % self.args.eval_every == 0
+        due = bool(self.args.eval_every) and row["epoch"] % self.args.eval_every == 0
+        if due:
+            self._write(state)
+        return due
 
     # -- checkpoint and results
 
@@ -610,6 +623,12 @@ class Run:
         """Write metrics.jsonl, and last.pt at most once a minute and at the end; after a signal
         the program ends here."""
         self._heed()  # it may have come during an evaluation
+        self._write(state)
+        if self.stopped:
+            print(f"stopped after step {self.step:,} of {self.steps:,}, --resume goes on from here")
+            raise SystemExit(128 + self.stopped)
+
+    def _write(self, state):
         write(self.folder / "metrics.jsonl", "".join(to_json(row) + "\n" for row in self.rows))
         if time.perf_counter() - self.saved > 60 or self.stopped or self.step == self.steps:
             progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows,
@@ -619,9 +638,6 @@ class Run:
                      "args": vars(self.args) | {"processes": self.world}}
             write(self.folder / "last.pt", lambda part: torch.save(saved, part))
             self.saved = time.perf_counter()
-        if self.stopped:
-            print(f"stopped after step {self.step:,} of {self.steps:,}, --resume goes on from here")
-            raise SystemExit(128 + self.stopped)
 
     def report(self, results, test):
         """Print an evaluation, with test beside the floors -> results.
@@ -907,16 +923,37 @@ def export(f, data, crops, run):
     print(f"{printable(run.args.embed)}: h {h.shape} of {', '.join(splits)}")
 
 
+def finite(*parts):
+    """Whether features of each (features, labels) are."""
+    return all(x.isfinite().all() for x, _ in parts)
+
+
+def cross_entropy(x, w, b, y, most=2**16):
+    """F.cross_entropy(F.linear(x, w, b), y), part by part where there are many rows.
+
+    In the backward pass a part is computed again: of a million images logits of 1,000 classes are
+    4 GB.
+    """
+    def share(x, y):
+        return F.cross_entropy(F.linear(x, w, b), y) * (len(x) / n)
+
+    n = len(x)
+    if n <= most:
+        return share(x, y)
+    return sum(torch.utils.checkpoint.checkpoint(share, *part, use_reentrant=False)
+               for part in zip(x.split(most), y.split(most)))
+
+
 def knn(fit, val, test=None, k=20, tau=0.07):
     """Top-1 in % of the k nearest by cosine, with votes exp(cosine / tau) (Wu et al. 2018).
 
     Each part: features (n, d), labels (n,). The neighbours of val are in fit; those of test, where
     it is given, in fit and val.
     """
+    if not finite(fit, val):
+        return math.nan
     x, y = fit if test is None else [torch.cat(pair) for pair in zip(fit, val)]
     x_test, y_test = val if test is None else test
-    if not torch.isfinite(x).all():
-        return math.nan
     x, correct = F.normalize(x), 0
     for queries, labels in zip(x_test.split(1024), y_test.split(1024)):
         cosine, i = (F.normalize(queries) @ x.T).topk(min(k, len(x)))  # (n, k), nearest first

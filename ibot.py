@@ -565,7 +565,7 @@ def train(args, run):
             run.log(ok, loss=loss, cls=l_cls, patch=l_mim, entropy=t_entropy, kl=l_cls - t_entropy,
                     lr=lr, m=m, wd=wd, tau_t=tau_t, tau_t_patch=tau_t_patch)
         # -- log and save
-        if run.end_epoch():  # every --eval-every epochs
+        if run.end_epoch(state):  # every --eval-every epochs
             evaluate(net_ema, data, args, run)
         run.save(state)  # at most once a minute; after a signal the program ends here
     return net_ema, data
@@ -582,12 +582,12 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
     refit on fit and val together with that penalty. NaN for features that are not finite.
     """
-    both = [torch.cat(pair) for pair in zip(fit, val)]
-    if not both[0].isfinite().all():
+    if not common.finite(fit, val):
         return math.nan
     score, best = max(zip(regression_path(*fit, *val, penalties), penalties))
     if test is None:
         return score
+    both = [torch.cat(pair) for pair in zip(fit, val)]
     return next(regression_path(*both, *test, [best]))
 
 
@@ -601,7 +601,7 @@ def regression_path(x, y, x_test, y_test, penalties):
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
+    x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
     hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
     hessian.diagonal().add_(0.3)  # with a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
@@ -615,7 +615,7 @@ def regression_path(x, y, x_test, y_test, penalties):
         def objective(penalty=penalty, lbfgs=lbfgs):
             lbfgs.zero_grad()
             w = v @ P
-            loss = F.cross_entropy(F.linear(x, w, b), y) + penalty / 2 * w.square().sum()
+            loss = common.cross_entropy(x, w, b, y) + penalty / 2 * w.square().sum()
             loss.backward()
             return loss
 

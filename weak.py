@@ -767,7 +767,7 @@ def train(args, run):
             undo(unless=ok)
             run.log(ok, **dict(zip(["loss", *others], terms)), **figures, lr=lr)
         # -- log and save
-        if run.end_epoch():  # every --eval-every epochs
+        if run.end_epoch(state):  # every --eval-every epochs
             evaluate(net, data, args, run)
         run.save(state)  # at most once a minute; after a signal the program ends here
     return net, data

@@ -50,16 +50,17 @@ class Watched(common.Run):
             yield batch
             self.lap("steps")
 
-    def end_epoch(self):
-        self.due = super().end_epoch()
-        self.lap("end of an epoch")
-        return self.due
+    def end_epoch(self, state):
+        self.before_writing = "end of an epoch"
+        due = super().end_epoch(state)
+        self.lap(self.before_writing)
+        self.before_writing = "evaluations" if due else "end of an epoch"
+        return due
 
-    def save(self, state):
-        if self.due:
-            self.lap("evaluations")
+    def _write(self, state):
+        self.lap(self.before_writing)
         before = self.saved
-        super().save(state)
+        super()._write(state)
         self.lap("metrics.jsonl" if self.saved == before else "last.pt")
 
     def report(self, results, test):

@@ -140,7 +140,7 @@ def train(method, args, run):
             undo(unless=ok)
             top1 = 100 * (s.argmax(1) == y).float().mean()
             run.log(ok, loss=loss, train_top1=top1, lr=lr)
-        run.end_epoch()
+        run.end_epoch(state)
         run.save(state)
     return net, data
 

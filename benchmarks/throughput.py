@@ -135,7 +135,7 @@ class Timed(common.Run):
         self.step = self.steps // 2  # no warm-up, nothing frozen
         yield self.args.epochs // 2
 
-    def end_epoch(self):
+    def end_epoch(self, state):
         return False
 
     def save(self, state):

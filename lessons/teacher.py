@@ -51,8 +51,8 @@ class TwoNets(common.Run):
         self.data = data
         yield from super().epochs(data)
 
-    def end_epoch(self):
-        due = super().end_epoch()
+    def end_epoch(self, state):
+        due = super().end_epoch(state)
         if not self.stopped:  # by a signal
             for name, net in self.nets.items():
                 self.found.append({"epoch": self.rows[-1]["epoch"], "network": name,

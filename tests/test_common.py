@@ -195,7 +195,7 @@ def test_a_small_set_is_one_batch():
     ("--batch-size 4096", "batch-size"), ("--dataset nowhere", "nowhere"),
     ("--device tpu", "this machine has"), ("--init none.pt", "none.pt"),
     ("--eval none.pt", "none.pt"), ("--dataset {empty}", "no images"),
-    ("--init a.pt --eval b.pt", "one of the two"), ("--resume", "no stopped run"),
+    ("--init a.pt --eval b.pt", "one of the two"),
     ("--out {empty}/file/run", "file/run"), ("--out " + 300 * "n", "too long")])
 def test_wrong_options(argv, names, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
@@ -240,7 +240,7 @@ def loop(run, bad=(), before=lambda step: None, evaluate=lambda: None, **state):
             before(step)
             loss = torch.tensor(math.nan if step in bad else step)
             run.log(torch.tensor(step not in bad), loss=loss, kl=2 * loss, lr=0.1 * step)
-        due.append(run.end_epoch())
+        due.append(run.end_epoch(state))
         evaluate()
         run.save(state)
     return due
@@ -271,7 +271,6 @@ def test_resume_takes_the_newest_run_that_was_interrupted(tmp_path, capsys):
     def resumed():
         return opened("--resume", "--out", tmp_path / "a").folder.name
 
-    assert "no stopped run" in fails(resumed, capsys)
     for name, files in (("a", "last.pt results.json"), ("a-2", "last.pt"), ("a-3", "last.pt"),
                         ("a-4", "last.pt results.json"), ("a-5", "")):
         (tmp_path / name).mkdir()
@@ -280,7 +279,22 @@ def test_resume_takes_the_newest_run_that_was_interrupted(tmp_path, capsys):
     for newest in ("a-3", "a-2"):
         assert resumed() == newest
         (tmp_path / newest / "results.json").touch()
-    assert "no stopped run" in fails(resumed, capsys)
+    assert "finished" in fails(resumed, capsys)
+
+
+def test_resume_begins_where_there_is_nothing_to_go_on_with(tmp_path, capsys):
+    """A job that is started again and again has one command. A run that did not come to its first
+    last.pt keeps its folder."""
+    argv = ["--out", tmp_path / "a", "--resume"]
+    for name in ("a", "a-2"):
+        run = opened(*argv)
+        assert run.folder.name == name and not run.args.resume
+        assert "a run begins" in capsys.readouterr().out
+    with run:
+        assert loop(run) == [False, True, False]
+    run = opened(*argv)
+    assert run.folder.name == "a-2" and run.args.resume
+    assert "a run begins" not in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_is_not_resumed(tmp_path, capsys):
@@ -364,6 +378,25 @@ def test_log_averages_what_is_good(tmp_path, capsys):
     assert [row["lr"] for row in rows] == pytest.approx([0.2, 0.5, 0.8])
     printed = capsys.readouterr().out
     assert "epoch 1: loss 1.000 (chance 2.000), kl 2.000, 1 steps skipped" in printed
+
+
+@pytest.mark.parametrize("how", ["signal", "a minute"])
+def test_an_evaluation_may_be_killed(how, tmp_path):
+    """What was trained before it is saved."""
+    def at_the_end_of_an_epoch(step):
+        if step == 5 and how == "signal":
+            signal.raise_signal(signal.SIGTERM)
+        elif step == 5:
+            run.saved -= 61
+
+    def evaluate():
+        saved.append((tmp_path / "run" / "last.pt").exists())
+
+    saved, due = [], None
+    with contextlib.suppress(SystemExit), opened("--out", tmp_path / "run") as run:
+        due = loop(run, before=at_the_end_of_an_epoch, evaluate=evaluate)
+    assert saved == ([False, True] if how == "signal" else [False, True, True])
+    assert due == (None if how == "signal" else [False, True, False])
 
 
 def test_a_run_that_keeps_failing_ends(tmp_path, capsys):
@@ -804,6 +837,7 @@ def test_knn():
     nearest = common.knn((x, y), test, k=1)  # alone counts where tau is tiny: no overflow
     assert common.knn((x, y), test, tau=1e-9) == nearest != common.knn((x, y), test, tau=0.1)
     assert math.isnan(common.knn((x * math.nan, y), test))
+    assert math.isnan(common.knn((x, y), (x * math.inf, y), test))
 
 
 def test_health():
@@ -883,6 +917,24 @@ def test_regression_path():
     assert path == pytest.approx([newton(*data, penalty) for penalty in PENALTIES], abs=0.1)
     for mistake in ("no bias", "bias decays", "penalty times 10", "no penalty", "not standardised"):
         assert abs(newton(*data, 0.1, mistake) - path[1]) > 2, mistake
+
+
+def test_cross_entropy_part_by_part():
+    x, y = blobs(50, 0.5)
+    w = torch.randn(3, x.shape[1], requires_grad=True)
+    b = torch.randn(3, requires_grad=True)
+    plain = F.cross_entropy(F.linear(x, w, b), y)
+    wanted = torch.autograd.grad(plain, (w, b))
+    assert common.cross_entropy(x, w, b, y) == plain  # as it is, to the last bit
+    for most in (7, 49, 50):
+        kept = []  # shapes of what waits for the backward pass
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: kept.append(tuple(t.shape)) or t, lambda t: t):
+            loss = common.cross_entropy(x, w, b, y, most)
+        assert loss.item() == pytest.approx(plain.item())
+        assert torch.allclose(torch.cat([g.flatten() for g in torch.autograd.grad(loss, (w, b))]),
+                              torch.cat([g.flatten() for g in wanted]), atol=1e-6)
+        assert ((50, 3) in kept) == (most == 50) and (most == 50 or (most, 3) not in kept)
 
 
 def test_linear_probe():

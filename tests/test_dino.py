@@ -718,10 +718,10 @@ def test_flags_change_the_algorithm(shipped, flags, mistake):
 
 def test_the_last_layer_thaws(tmp_path):
     class Noted(Watched):
-        def end_epoch(self):
+        def end_epoch(self, state):
             last = self.state["net"].head.last_layer.weight_v
             self.layers = [*getattr(self, "layers", []), last.detach().clone()]
-            return super().end_epoch()
+            return super().end_epoch(state)
 
     argv = [*SHORT, *"--limit 16 --epochs 3 --freeze-last-layer 2 --local-crops 0 --out".split()]
     _, _, run = train(dino, [*argv, tmp_path / "run"], Noted)
