@@ -141,7 +141,8 @@ def options(method, doc, table, argv=None):
                what is allowed: "name|name|..." or keywords of argparse, meaning).
 
     A default may be a function of (args, number of images). Options of the table that are not
-    given are None until load_data knows the set.
+    given are None until load_data knows the set. It needs the rows arch (whose names one_of gives),
+    image_size, epochs and batch_size.
     """
     p = Parser(description=doc.split("\n")[0], allow_abbrev=False)
     p.set_defaults(method=method)
@@ -242,6 +243,16 @@ def at_most(batch_size, n):
     return min(batch_size, n // 8 * 8 or max(n, 2))
 
 
+def complete(args, table, values, n):
+    """Options of table that are None become those of values, for n training images."""
+    for k, value in values.items():  # in order: a function may use the rows above its own
+        if k in table and getattr(args, k) is None:
+            value = value(args, n) if callable(value) else value
+            if k == "batch_size":
+                value = at_most(value, n)
+            setattr(args, k, [*value] if isinstance(value, tuple) else value)
+
+
 def load_data(args, table, run, cpu=()):
     """Find the set, take what is left open in args from the recipe for it, with --eval from the run
     that is evaluated, read the set. cpu: see choose_recipe.
@@ -256,12 +267,7 @@ def load_data(args, table, run, cpu=()):
     side = data.side and min(data.side, size)
     name, values = choose_recipe(side, table, dict(cpu), run.device)
     n, free = len(data.parts["train"][0]), args.batch_size is None
-    for k, value in (values | made).items():  # in order: a function may use the rows above its own
-        if k in table and getattr(args, k) is None:
-            value = value(args, n) if callable(value) else value
-            if k == "batch_size":
-                value = at_most(value, n)
-            setattr(args, k, [*value] if isinstance(value, tuple) else value)
+    complete(args, table, values | made, n)
     args.eval_every = math.ceil(args.epochs / 4) if args.eval_every is None else args.eval_every
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
     print(f"recipe {'of the file' if made else name}: {recipe}")
@@ -298,7 +304,8 @@ def load_data(args, table, run, cpu=()):
 
 
 class Run:
-    """A run of a script, to be opened by `with`: device, rank, world, dtype, folder, step.
+    """A run of a script, to be opened by `with`: device, rank, world, dtype, folder, step; chance,
+    to be set: terms of the loss -> what they are where nothing is learned, printed and plotted.
 
     Under torchrun it joins the other processes, and only the first one prints. From the first to
     the last epoch SIGTERM, SIGINT and SIGHUP save a checkpoint and end the program; a second one
@@ -468,6 +475,8 @@ class Run:
         GradScaler uses as well, is 1.
         """
         params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not optimizer.defaults.get("fused"):
+            fail(f"{type(optimizer).__name__} needs fused=True, to leave out a step that failed")
         if not optimizer.state and optimizer.defaults.get("momentum"):
             for p in params:  # which SGD leaves unset where its very first step is left out
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -679,7 +688,8 @@ class Run:
         of_weak = dict.fromkeys(k for row in self.rows for k in row
                                 if k.endswith(("_accuracy", "_auc")))
         curves(self.folder / "curves.png", self.rows, {
-            "loss": [*self.chance], "validation, %": [*of_weak] or ["linear_top1", "knn_top1"],
+            "loss": [*self.chance] or ["loss"],
+            "validation, %": [*of_weak] or ["linear_top1", "knn_top1"],
             "z": ["spread", "alignment", "uniformity"], "effective rank": ["rank_h", "rank_z"]})
         write(self.folder / "results.json", to_json(results))
         print(f"{results['total_seconds']:.0f} s in all, {self.seconds:.0f} s of training, "
@@ -966,9 +976,10 @@ def knn(fit, val, test=None, k=20, tau=0.07):
 def health(h, z1, z2, *_, name="z", least=0.1):
     """What h (n, d) and z1, z2 (n, D), of two views of n images, look like, and a verdict.
 
-    spread: standard deviation of z / |z|, times sqrt(D): 1 all over the sphere, 0 at a point, which
-    it is called below `least`. alignment: mean squared distance of the two views; uniformity: log
-    mean exp(-2 squared distance) of two images (Wang & Isola 2020). rank: exp of the entropy of the
+    All but rank_h is of z / |z|: a loss that does not divide by |z| may shrink it unnoticed.
+    spread: standard deviation times sqrt(D): 1 all over the sphere, 0 at a point, which it is
+    called below `least`. alignment: mean squared distance of the two views; uniformity: log mean
+    exp(-2 squared distance) of two images (Wang & Isola 2020). rank: exp of the entropy of the
     singular values (RankMe, Garrido et al. 2023). name: what z is called in the verdict.
     """
     n, D = z1.shape
@@ -1610,7 +1621,8 @@ class Crop(NamedTuple):
     count: int = 1
 
     def cut(self, x, sizes):
-        """One view (N, 3, size, size) of images padded by pad, of the sizes (N, 2) they had."""
+        """One view (N, 3, size, size) of x, floats in [0, 1] that lie as pad leaves them, wide ones
+        transposed; sizes (N, 2): their heights and widths before."""
         boxes = (random_boxes(sizes, self.scale, self.ratio) if self.ratio
                  else central_boxes(sizes, self.scale))
         high = sizes.diff(dim=1) <= 0  # (N, 1), height >= width

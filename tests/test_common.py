@@ -640,6 +640,15 @@ def test_update_skips_what_is_not_finite(kind, poison, one):
     assert same(held({"net": net}), held({"net": other}))
 
 
+@pytest.mark.parametrize("rule", [torch.optim.RMSprop, torch.optim.AdamW])
+def test_update_is_for_fused_optimisers(rule, one, capsys):
+    """The others would go on with NaN, or end in an assertion of PyTorch's."""
+    net, _ = small_net("sgd")
+    optimizer = rule(net.parameters(), 0.1)
+    assert f"{rule.__name__} needs fused" in fails(
+        lambda: step_of(one, net, optimizer, OFF, 0), capsys)
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_update_is_plain_sgd_and_the_scale_halves(enabled, one):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)

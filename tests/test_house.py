@@ -1,4 +1,4 @@
-"""The house rules (design, section 3): one book, in one order, in one voice."""
+"""The rules of the house: one book, in one order, in one voice."""
 
 import ast
 import contextlib
@@ -12,7 +12,7 @@ import pytest
 from tools import METHODS, ROOT
 
 CAPS = {"simclr": 230, "byol": 250, "moco": 303, "dino": 446, "ibot": 530, "dinov2": 613,
-        "pretext": 565, "weak": 499, "common": 1163}  # lines of code
+        "pretext": 565, "weak": 499, "common": 1168}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 README = (ROOT / "README.md").read_text()
 BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "Training",
@@ -144,6 +144,7 @@ def test_file(name, tmp_path, monkeypatch):
     source = SOURCES[name]
     # common's operations on images are formulas, more to a line than a method's code
     row = re.search(rf"^\| `{name}\.py` \| (\d+) \|", README, re.M)
+    assert name == "common" or row, "README's table of the files has no row for it"
     assert name == "common" or int(row[1]) == len(code_lines(source))
     assert not size(source, CAPS[name], density=10.2 if name == "common" else 9)
     assert not manner(source)

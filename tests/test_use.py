@@ -64,6 +64,14 @@ def test_own_pytorch(net, capsys):
     assert "simclr convnet 32 (0.0, 0.0, 0.0) (1.0, 1.0, 1.0)" in capsys.readouterr().out
 
 
+def test_own_loop(capsys):
+    args = run("In your own loop, on your own tensors")["args"]
+    cpu = args.arch, args.temperature, args.batch_size, args.epochs, args.image_size
+    assert cpu == ("convnet_wide", 0.1, 256, 2, 32)
+    first, second = map(float, re.findall(r"epoch \d: (.+)", capsys.readouterr().out))
+    assert 1 < second < first - 0.3
+
+
 def test_timm(net):
     pytest.importorskip("timm")
     theirs = run("timm")["net"].eval()
