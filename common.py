@@ -270,7 +270,7 @@ def load_data(args, table, run, cpu=()):
     complete(args, table, values | made, n)
     args.eval_every = math.ceil(args.epochs / 4) if args.eval_every is None else args.eval_every
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
-    print(f"recipe {'of the file' if made else name}: {recipe}")
+    print(f"recipe {'of the file' if 'method' in made else name}: {recipe}")
     how = args.image_size, run.device, args.memory_limit, args.workers
     data.read(*how)
     if args.labelled:
@@ -379,7 +379,7 @@ class Run:
             begun = [f for f in folders if (f / "last.pt").exists()]
             stopped = [f for f in begun if not (f / "results.json").exists()]
             if begun and not stopped:
-                fail(f"--resume: the run in {printable(out)} is finished")
+                fail(f"--resume: the run in {printable(out)} is finished, --out names another")
             stopped.sort(key=lambda f: os.path.getmtime(f / "last.pt"))
             if stopped:
                 claimed = [stopped[-1], True]

@@ -1973,8 +1973,10 @@ def test_eval_of_another_method(finished, tmp_path, capsys):
     for other in map(method, METHODS):
         known = load(folder, "backbone.pt")["meta"]["arch"] in other.OPTIONS["arch"][3]["choices"]
         if known and (name == "dinov2") == (other.__name__ == "dinov2"):  # which has LayerScale
-            args = tools.train(other, argv)[2].args
+            with common.Run(args := tools.options(other, argv)) as run:
+                other.train(args, run)
             assert args.image_size == 16 and (args.epochs == 2) == (other.__name__ == name)
+            assert ("recipe of the file" in capsys.readouterr().out) == (other.__name__ == name)
         else:
             words = "another network" if known else "does not have"
             assert words in refused(other, argv, capsys)
