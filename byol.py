@@ -4,7 +4,7 @@ Slides: "Contrastive Learning: Bootstrap Your Own Latent (BYOL)", "How does BYOL
 
 From one view of an image, an online network predicts what a target network makes of another view.
 The target is a slow moving average of the online network and gets no gradient. There are no
-negatives: the same vector for all images would be a perfect solution, and yet it is not found.
+negatives: one vector for all images would be a perfect solution, yet training does not find it.
 
 One step (paper, Section 3.1, and Algorithm 1 in Appendix A), for a batch of N images:
     x1, x2 = t(x), t'(x)           two random augmentations              crops, augment
@@ -16,26 +16,26 @@ One step (paper, Section 3.1, and Algorithm 1 in Appendix A), for a batch of N i
 
 Symbols: x1, x2 (N, 3, S, S) in [0, 1]; h (2N, d) representations, the paper's y; z, p (2N, D)
 projections and predictions, with halves z1, z2 and p1, p2; theta, xi parameters of the online and
-the target network; m momentum, the paper's tau. net is the online network, which is kept, net_ema
-the target.
+the target network; m momentum, the paper's tau. net is the online network, which is kept; net_ema
+is the target.
 
 Where this file departs from the paper and the released code:
   - The loss is the mean of both directions (paper: their sum), so that chance is 2 as for one
     direction. With LARS the factor hardly matters, except for biases and batch norm.
   - The target starts as a copy, as on the slides (released code: another random draw).
-  - m is smaller in short runs (m_start); in recipes for a CPU it is 0.9 and q learns ten times as
-    fast as the rest (Appendix I: where q learns faster even m = 0 works).
-  - Brightness is multiplied, contrast is around the mean grey, saturation is a blend with grey
-    (released code: a shift, around the mean of each channel, a factor in HSV). Crops are resized
-    bilinearly, with antialiasing (bicubic), and blurred with reflected edges (zeros).
-  - The last batch norm of a residual block starts at one (released code: at zero). No linear
-    classifier is trained along with the network (released code: one on h, without gradient to h).
+  - m is smaller in short runs (m_start); in recipes for a CPU it is 0.9 and q has ten times the
+    learning rate of the rest (Appendix I: if q learns faster, even m = 0 works).
+  - Brightness is scaled (released code: shifted), contrast is scaled around the mean grey (around
+    each channel's mean), saturation is a blend with grey (a factor in HSV), and crops are resized
+    bilinearly with antialiasing (bicubic) and blurred with reflected edges (zero padding).
+  - The scale of a residual block's last batch norm starts at one (released code: at zero). No
+    linear classifier is trained on the side (released code: one on h, without gradient to h).
   - SGD, unlike LARS, decays biases and batch norm as well.
-  - Warm-up is a share of the run and starts above 0 (released code: at 0).
+  - Warm-up is a share of the run, and its rate starts above 0 (released code: at 0).
   - Larger images follow the released code's preset for 100 epochs (paper: 300 and 1000), with a
     batch for one GPU (paper: 4096). Images up to 64 pixels are trained by SGD without blur, as in
     lightly's CIFAR-10 benchmark.
-  - The linear probe is a regression on features of central crops (paper: SGD on random crops).
+  - The linear probe is fitted by L-BFGS on features of central crops (paper: SGD on random crops).
   - The built-in set has a recipe of its own, sized for a CPU.
 
     python byol.py      75 s on 2 CPU cores; mean of three seeds: 93.2 % linear, 76.7 % k-NN; the
@@ -62,7 +62,7 @@ TWO_SHARES = SHARE | {"nargs": 2}
 
 
 def m_start(args, n):
-    """m of a run on n images: a half-life of at most a twentieth of its steps, at least 0.9 and at
+    """Initial m for n images: the half-life is a twentieth of the steps, with m at least 0.9 and at
     most 0.99, the released code's for 100 and 300 epochs (paper: 0.996 for 1000)."""
     return min(0.99, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
@@ -76,21 +76,21 @@ OPTIONS = {  # fmt: skip
     "hidden":             (512,        1024,       4096,       FROM_1,     "width in g and q"),
     "dim":                (128,        256,        256,        FROM_1,     "D, width of z, p"),
     "no_predictor":       (False,      False,      False,      FLAG,       "q is the identity"),
-    "no_stop_gradient":   (False,      False,      False,      FLAG,       "target is online"),
+    "no_stop_gradient":   (False,      False,      False,      FLAG,       "target = online net"),
     "predictor_lr_scale": (10.0,       1.0,        1.0,        POSITIVE,   "lr of q over lr"),
     "image_size":         (32,         64,         224,        PIXELS,     "S, side of a view"),
     "min_scale":          (0.5,        0.08,       0.08,       SHARE,      "least area of a crop"),
-    "blur":               ((0.0, 0.0), (0.0, 0.0), (1.0, 0.1), TWO_SHARES, "in x1 and x2"),
-    "solarize":           (0.0,        0.2,        0.2,        SHARE,      "in x2"),
+    "blur":               ((0.0, 0.0), (0.0, 0.0), (1.0, 0.1), TWO_SHARES, "probability in x1, x2"),
+    "solarize":           (0.0,        0.2,        0.2,        SHARE,      "probability in x2"),
     "epochs":             (24,         200,        100,        FROM_1,     "(paper: 300, 1000)"),
     "batch_size":         (64,         512,        256,        FROM_2,     "N (paper: 4096)"),
     "optimizer":          ("sgd",      "sgd",      "lars",     "sgd|lars", "(paper: lars)"),
     "lr":                 (0.4,        0.12,       0.45,       POSITIVE,   "peak, times N / 256"),
     "weight_decay":       (1e-4,       5e-4,       1e-6,       SHARE,      "L2 penalty"),
     "warmup":             (0.1,        0.1,        0.1,        SHARE,      "share of the steps"),
-    "m":                  (0.9,        m_start,    m_start,    SHARE,      "rises to 1; 0 stays"),
+    "m":                  (0.9,        m_start,    m_start,    SHARE,      "rises to 1; 0 stays 0"),
 }
-# Without a GPU images up to 64 pixels have the first column, except for:
+# Without a GPU, images up to 64 pixels use the first column, except for:
 CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(8e5), "batch_size": 128}
 
 # ==================================================================================================
@@ -104,8 +104,8 @@ def crops(args):
 
 
 def augment(views, args):
-    """Flip, colour jitter, grey, blur, solarization (paper, Appendix B and Table 6); every image
-    has its own draws. Blur and solarization differ between the two views.
+    """Flip, colour jitter, grey, blur, solarization (paper, Appendix B and Table 6), drawn
+    separately for every image. Blur and solarization differ between the two views.
 
     views: list of x1 and x2 (N, 3, S, S) in [0, 1] -> the same.
     """
@@ -125,7 +125,7 @@ def augment(views, args):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for the input
 
 
 def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -154,8 +154,7 @@ ENCODER = common.source(encoder)  # printed at the end of a run
 
 
 def mlp(inputs, hidden, outputs):
-    """g or q: no batch norm after the last layer (paper, Section 3.3), and there no bias (released
-    code)."""
+    """g or q: the last layer has no batch norm (paper, Section 3.3) and no bias (released code)."""
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
         nn.Linear(hidden, outputs, bias=False))
@@ -187,7 +186,7 @@ class BYOL(nn.Module):
 
 
 def build(args):
-    """The untrained network, the same for the same seed."""
+    """The untrained network, determined by args.seed."""
     torch.manual_seed(args.seed)
     return BYOL(args.arch, args.stem, args.hidden, args.dim, not args.no_predictor)
 
@@ -203,8 +202,8 @@ def byol_loss(p, z, stop_gradient=True):
 
         L = | p / |p| - z / |z| |^2 = 2 - 2 (p . z) / (|p| |z|)
 
-    p, z: (N, D), row n of both from image n -> scalar. No gradient to z, unless that is switched
-    off. Orthogonal vectors give 2, equal ones 0. Test: test_byol_loss_equation.
+    p, z: (N, D), row n of both from image n -> scalar. No gradient to z, unless stop_gradient is
+    False. Orthogonal vectors give 2, equal ones 0. Test: test_byol_loss_equation.
     """
     z = z.detach() if stop_gradient else z
     return (F.normalize(p, dim=1) - F.normalize(z, dim=1)).square().sum(1).mean()
@@ -270,7 +269,7 @@ def lr_at(step, steps, warmup, peak):
 
 
 def check(args, per_epoch):
-    """Before hours are spent, warn of what is known to go wrong."""
+    """Warn of options that are known to work badly, before hours are spent on them."""
     if args.eval:
         return
     half_life = math.log(0.5) / math.log(min(max(args.m, 1e-9), 1 - 1e-9)) / per_epoch
@@ -293,10 +292,10 @@ def train(args, run):
 
     # -- model: net is the online network, which is evaluated and kept; net_ema is the target
     net, net_ema = build(args), build(args)
-    common.load_weights(net, args, mean=MEAN)  # of --init or --eval
+    common.load_weights(net, args, mean=MEAN)  # from --init or --eval, if given
     net_ema.load_state_dict(net.state_dict())
-    net, net_ema = run.place(net), run.place(net_ema)  # with several GPUs one batch norm for all
-    net_ema.requires_grad_(False)  # stop-gradient: the target only follows, by moving average
+    net, net_ema = run.place(net), run.place(net_ema)  # batch norm spans all GPUs
+    net_ema.requires_grad_(False)  # stop-gradient: the target is only a moving average
     online, target, aug = run.parallel(net), run.compiled(net_ema), run.compiled(augment)
 
     # -- optimiser
@@ -309,7 +308,7 @@ def train(args, run):
     state = {"net": net, "net_ema": net_ema, "optimizer": optimizer, "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
     undo = common.Undo(net, net_ema)  # puts back batch norm's statistics after a skipped step
-    run.chance = {"loss": 2.0}  # where nothing is learned: p and z are orthogonal
+    run.chance = {"loss": 2.0}  # when nothing is learned, p and z are orthogonal
     stop_gradient = not args.no_stop_gradient
 
     for epoch in run.epochs(data):
@@ -325,7 +324,7 @@ def train(args, run):
                 if stop_gradient:  # else the online network is its own target
                     _, z, _ = target(x1, x2)  # (2N, D)
             p1, p2 = p.float().chunk(2)  # predictions, (N, D) each
-            z1, z2 = z.float().chunk(2)  # what they have to meet, (N, D) each
+            z1, z2 = z.float().chunk(2)  # their targets, (N, D) each
             loss = (byol_loss(p1, z2, stop_gradient)
                     + byol_loss(p2, z1, stop_gradient)) / 2
             optimizer.zero_grad()
@@ -351,7 +350,7 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
-    refit on fit and val together with that penalty. NaN for features that are not finite.
+    refit with that penalty on fit and val. NaN if fit or val has features that are not finite.
     """
     if not common.finite(fit, val):
         return math.nan
@@ -364,17 +363,17 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, strong to weak.
+    """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
-    x is standardised, penalties are for ten classes. A fit starts from the one before. L-BFGS works
-    on v, where w = v P: P makes the loss about equally curved in all directions, which takes less
-    than half of the steps.
+    x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
+    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
+    in all directions, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
-    hessian.diagonal().add_(0.3)  # with a penalty of 0.03
+    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)
     b = x.new_zeros(len(v), requires_grad=True)
@@ -407,15 +406,15 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
+    """The central square; above 64 pixels, 7/8 of its side (SimCLR's released code: above 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def evaluate(net, data, args, run, test=False):
-    """Is z healthy, and how well do h and z tell the classes apart?
+    """Is z healthy, and how well do h and z separate the classes?
 
-    On validation images; with test on the test images, beside two baselines: h of the untrained
-    network, and raw pixels.
+    On validation images. With test, the accuracies are on the test images, next to those of two
+    baselines: h of the untrained network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)

@@ -1,12 +1,12 @@
 """Images in, a run out: what every method file needs and no paper writes about.
 
-To understand a method you need not open this file. It has three parts:
+You can understand a method without opening this file. It has three parts:
   - a run out: options, processes, precision, log, checkpoints (`options`, `Run`), the features of
-    a set and what they say (`embed`, `knn`, `health`), pictures, files that are whole or not there;
-  - image operations: on batches, where every image has draws of its own;
+    a set and what they say (`embed`, `knn`, `health`), pictures, files written whole or not at all;
+  - image operations on batches, with separate random draws for every image;
   - images in: sets by name or folder (`Data`), in memory or streamed, and `batches` of crops.
 
-Images are float32 (N, 3, H, W) in [0, 1] on the device, and uint8 where they are stored.
+Images are float32 (N, 3, H, W) in [0, 1] on the device, and stored as uint8.
 """
 
 import argparse
@@ -40,10 +40,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torchvision import datasets
 from torchvision.utils import save_image
 
-tqdm = None  # then there is no bar, only a line an epoch
+tqdm = None  # without it there is no progress bar, only one line per epoch
 with contextlib.suppress(ImportError):
     from tqdm import tqdm
-fcntl = None  # on Windows, where a second process in the folder of a run is not noticed
+fcntl = None  # Windows has none, so a second process in a run's folder goes unnoticed
 with contextlib.suppress(ImportError):
     import fcntl
 
@@ -64,7 +64,7 @@ def main_process():
 
 
 def torchrun(name, default, below=math.inf):
-    """A whole number of the environment of torchrun, from 0 on."""
+    """A whole number from torchrun's environment variables: at least 0 and less than `below`."""
     text = os.environ.get(name, default)
     if not text.isdecimal() or int(text) >= below:
         fail(f"{name} is {text!r}, and has to be a whole number below {below}")
@@ -72,14 +72,14 @@ def torchrun(name, default, below=math.inf):
 
 
 def printable(name):
-    """name in one line, without control characters and bytes that are no text."""
+    """name on one line, with control characters and undecodable bytes escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
 def write(path, content):
-    """Write text, or what a function saves to the path it is given.
+    """Write a file; content: text, or a function that saves to the path it is given.
 
-    The file is whole or not there, whatever happens. Only the first process writes.
+    The file is written whole or not at all, whatever happens. Only the first process writes.
     """
     if not main_process():
         return
@@ -95,11 +95,11 @@ def write(path, content):
         fail(f"{path} cannot be written: {why}")
     finally:
         with contextlib.suppress(OSError):
-            part.unlink()  # there after an error or a second signal
+            part.unlink()  # still there after an error or a second signal
 
 
 def to_json(value):
-    """Strict JSON: what is not finite becomes null."""
+    """Strict JSON: numbers that are not finite become null."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
@@ -135,38 +135,38 @@ class Parser(argparse.ArgumentParser):
 
 
 def options(method, doc, table, argv=None):
-    """The command line: what every script has, and an option for each row of table,
+    """Parse the command line: the options of every script, and one for each row of table,
 
         name: (default for the built-in set, for images up to 64 pixels, for larger ones,
                what is allowed: "name|name|..." or keywords of argparse, meaning).
 
     A default may be a function of (args, number of images). Options of the table that are not
-    given are None until load_data knows the set. It needs the rows arch (whose names one_of gives),
-    image_size, epochs and batch_size.
+    given stay None until load_data knows the set. The table needs the rows arch (with one_of(names)
+    as what is allowed), image_size, epochs and batch_size.
     """
     p = Parser(description=doc.split("\n")[0], allow_abbrev=False)
     p.set_defaults(method=method)
     o = p.add_argument_group("run").add_argument
-    o("--seed", **number(int, 0, 2**31), default=0, help="of weights, order and draws (0)")
-    o("--device", help="cuda, mps (PyTorch 2.13) or cpu (the first there is)")
+    o("--seed", **number(int, 0, 2**31), default=0, help="seed of weights, order and draws (0)")
+    o("--device", help="cuda, mps (PyTorch 2.13) or cpu (the first available)")
     o("--amp", **one_of(["auto", "bf16", "fp16", "off"]), default="auto", help="autocast (auto)")
     o("--compile", action="store_true", help="compile networks and augmentation")
     o("--out", help=f"output folder (next free runs/{method}-<dataset>-s<seed>)")
-    o("--resume", action="store_true", help="go on with the last unfinished run of --out, or begin")
+    o("--resume", action="store_true", help="resume the last unfinished run of --out, or begin one")
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or released weights")
-    o("--eval", metavar="FILE", help="evaluate such a file, train nothing")
+    o("--eval", metavar="FILE", help="evaluate such a file without training")
     o = p.add_argument_group("data").add_argument
-    o("--dataset", help="a folder or a name (toys; with --eval that of the run): "
+    o("--dataset", help="a folder or a name (toys; with --eval, that of its run): "
       + ", ".join([BUILT_IN, *SETS]))
     o("--data-dir", default="data", help="where downloaded sets are kept (data)")
-    o("--labelled", metavar="SET", help="for the probes, where --dataset has no labels")
-    o("--limit", **FROM_1, help="use only so many images of each split (all)")
+    o("--labelled", metavar="SET", help="set for the probes, if --dataset has no labels")
+    o("--limit", **FROM_1, help="use at most this many images of each split (all)")
     o("--workers", **FROM_0, default=cores(), help="threads that read files (one per core)")
     o("--memory-limit", **number(float, 0), default=memory(),
-      help="GB; a larger folder is streamed (8, or a quarter of the memory)")
+      help="GB; a larger folder is streamed (8, or a quarter of the memory if less)")
     o = p.add_argument_group(
         "method", "defaults: built-in set | images up to 64 pixels (without a GPU: the first, "
-        "with the changes of CPU in the file) | larger images").add_argument
+        "changed by CPU in the file) | larger images").add_argument
     for name, (*defaults, allowed, meaning) in table.items():
         if isinstance(allowed, str):
             allowed = one_of(allowed.split("|"))
@@ -175,7 +175,7 @@ def options(method, doc, table, argv=None):
         flag = "--" + name.replace("_", "-")
         o(flag, **allowed, help=meaning.replace("%", "%%"), default=None)
     o = p.add_argument_group("evaluation").add_argument
-    o("--eval-every", **FROM_0, help="epochs (a quarter of the run; 0: never)")
+    o("--eval-every", **FROM_0, help="epochs between evaluations (a quarter of the run; 0: none)")
     o("--knn-k", **FROM_1, default=20, help="neighbours (20)")
     o("--knn-tau", **POSITIVE, default=0.07, help="temperature of their votes (0.07)")
     o("--embed", metavar="FILE", help="write h, name, split, label of all images (.npz)")
@@ -184,10 +184,10 @@ def options(method, doc, table, argv=None):
         if value == "":
             fail(f"--{name.replace('_', '-')} is given without a value")
     if args.init and args.eval:
-        fail("--init starts a training and --eval does without one: give one of the two")
+        fail("--init starts training and --eval does not train: give only one of the two")
     embed = Path(args.embed or "features.npz")
     if embed.is_dir() or not embed.parent.is_dir() or embed.suffix != ".npz":
-        fail(f"--embed {args.embed}: no .npz in a folder that exists")
+        fail(f"--embed {args.embed}: give a .npz file in a folder that exists")
     if not args.dataset:
         made = {"dataset": BUILT_IN} | recall(args)
         args.dataset, args.labelled = made["dataset"], args.labelled or made.get("labelled")
@@ -195,7 +195,7 @@ def options(method, doc, table, argv=None):
 
 
 def show_value(value):
-    """0.5 -> '0.5', (1.0, 0.1) -> '1.0 0.1', a function -> 'computed', or a name that is words."""
+    """0.5 -> '0.5', (1.0, 0.1) -> '1.0 0.1', a function -> 'computed', or its name if in words."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     if callable(value):
@@ -204,14 +204,14 @@ def show_value(value):
 
 
 def hour(images):
-    """Default of --epochs: for so many images of 32 pixels in all, at most 200."""
+    """Default of --epochs: enough to process `images` images of 32 pixels in all, at most 200."""
     return lambda args, n: min(200, math.ceil(images / n * (32 / args.image_size) ** 2))
 
 
 def choose_recipe(side, table, cpu, device):
-    """Name and values of the recipe for images of this side; None stands for the built-in set's.
+    """Name and values of the recipe for images of this side in pixels; None: the built-in set.
 
-    Without a GPU images of up to 64 pixels have that one, too, but for the values in cpu.
+    On a CPU, images of up to 64 pixels use the recipe of the built-in set, updated with cpu.
     """
     built_in, small, large = ({k: row[i] for k, row in table.items()} for i in range(3))
     if side is None:
@@ -225,14 +225,14 @@ def choose_recipe(side, table, cpu, device):
 
 
 def made_with(found):
-    """The options of the run that wrote a file of this content; none of a released one."""
+    """The options of the run that wrote a file with this content; {} for released weights."""
     made = found.get("meta", found.get("args"))
     return made if isinstance(made, dict) else {}
 
 
 def recall(args):
-    """The options of the run that wrote the file of --eval, but for --branch, which says what that
-    run started from; of another method's those of the set and the network, as others differ."""
+    """The options of the run that wrote the file of --eval, except --branch, which says what that
+    run started from. If it is another method's, only those of the set and the network."""
     made = made_with(read_checkpoint(args.eval)) if args.eval else {}
     usual = "dataset labelled arch stem patch_size image_size".split()
     return {k: v for k, v in made.items()
@@ -244,7 +244,7 @@ def at_most(batch_size, n):
 
 
 def complete(args, table, values, n):
-    """Options of table that are None become those of values, for n training images."""
+    """Fill in the options of table that are None from values, for n training images."""
     for k, value in values.items():  # in order: a function may use the rows above its own
         if k in table and getattr(args, k) is None:
             value = value(args, n) if callable(value) else value
@@ -254,10 +254,10 @@ def complete(args, table, values, n):
 
 
 def load_data(args, table, run, cpu=()):
-    """Find the set, take what is left open in args from the recipe for it, with --eval from the run
-    that is evaluated, read the set. cpu: see choose_recipe.
+    """Find the set, fill in the options that are not given (from the recipe for the set or, with
+    --eval, from the run that wrote the file), and read the set. cpu: see choose_recipe.
 
-    The size that decides is the smaller of --image-size and that of the set's images.
+    The recipe depends on the smaller of --image-size and the side of the set's images.
     """
     made = recall(args)
     if made.get("arch", args.arch) not in (None, *table["arch"][3]["choices"]):
@@ -290,10 +290,10 @@ def load_data(args, table, run, cpu=()):
     if len({*found}) > 1:
         fail(f"the processes do not find the same images: {', '.join(f'{n:,}' for n, _ in found)}")
     if not args.eval and (n < args.batch_size or args.batch_size % run.world):
-        fail(f"--batch-size {args.batch_size} is over the number of training images, {n}, or no "
-             f"multiple of that of processes, {run.world}")
+        fail(f"--batch-size {args.batch_size} is over the number of training images, {n}, or not a "
+             f"multiple of the number of processes, {run.world}")
     if not len(data.val[1]) or (data.labelled and len(data.probed.fit[1]) < 2):
-        fail("too few training images: of a class with two one is held out, and two have to stay")
+        fail("too few training images: one of a class with two is held out, and two must remain")
     data.per_epoch = max(n // args.batch_size, 1)
     return data
 
@@ -304,12 +304,12 @@ def load_data(args, table, run, cpu=()):
 
 
 class Run:
-    """A run of a script, to be opened by `with`: device, rank, world, dtype, folder, step; chance,
-    to be set: terms of the loss -> what they are where nothing is learned, printed and plotted.
+    """A script's run, opened by `with`: device, rank, world, dtype, folder, step. Set chance: term
+    of the loss -> its value where nothing is learned, to be printed and plotted.
 
     Under torchrun it joins the other processes, and only the first one prints. From the first to
-    the last epoch SIGTERM, SIGINT and SIGHUP save a checkpoint and end the program; a second one
-    of the first two ends it at once (under torchrun after five seconds).
+    the last epoch SIGTERM, SIGINT and SIGHUP save a checkpoint and end the program; a second
+    SIGTERM or SIGINT ends it at once (under torchrun, if at least five seconds have passed).
     """
 
     def __init__(self, args):
@@ -330,14 +330,14 @@ class Run:
         self.step, self.seconds, self.rows, self.rates, self.chance = 0, 0.0, [], {}, {}
         self.sums, self.bar, self.signal, self.stopped = None, None, 0, 0
         self.handlers, self.saved = contextlib.ExitStack(), time.perf_counter()
-        self.every = 10 if self.device.type == "cuda" else 1  # to read from a GPU is to wait for it
+        self.every = 10 if self.device.type == "cuda" else 1  # in steps: a read waits for the GPU
         print(f"{args.method} on {args.dataset}, {self.world} x {self.name}, "
               f"{self.dtype or torch.float32}, to {printable(self.folder)}")
 
     def _choose_device(self, name, amp):
         found = ["cuda"] if torch.cuda.is_available() else []
         if torch.backends.mps.is_available() and torch.__version__ >= (2, 13) and self.world == 1:
-            found.append("mps")  # before, some operations are missing or wrong; gloo is for CPUs
+            found.append("mps")  # before 2.13 operations are missing or wrong; gloo is for CPUs
         found.append("cpu")
         name = name or found[0]
         if name not in found:
@@ -350,7 +350,7 @@ class Run:
             self.device = torch.device(name, torchrun("LOCAL_RANK", "0", torch.cuda.device_count()))
             self.name = torch.cuda.get_device_name(self.device)
             torch.cuda.set_device(self.device)
-            torch.backends.cudnn.benchmark = True  # tries convolutions out: shapes stay the same
+            torch.backends.cudnn.benchmark = True  # picks fast convolutions: shapes stay the same
             auto = torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
         self.dtype = {"auto": auto, "bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
@@ -359,7 +359,7 @@ class Run:
         self.rank = torchrun("RANK", "0", self.world)
         if self.world > 1 and not dist.is_initialized():
             try:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's waits as well
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait, too
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
             except (ValueError, RuntimeError) as error:  # no such address, a taken port
                 fail(f"the processes of torchrun do not meet: {error}".split("\n")[0])
@@ -368,10 +368,10 @@ class Run:
             sys.stdout = open(os.devnull, "w")
 
     def _claim(self, out):
-        """Make the folder of this run: out, or where a run has it already out-2, out-3, ...
+        """Make the folder of this run: out or, if another run has that, out-2, out-3, ...
 
-        With --resume: the unfinished one of the newest last.pt. Where none is, nor a finished one,
-        a run begins, so that a job that is started again and again can have the option always.
+        With --resume, take the unfinished run with the newest last.pt. If no run has a last.pt, a
+        new one begins, so that a job that is restarted again and again can always pass --resume.
         """
         folders = [Path(out)] + [Path(f"{Path(out)}-{n}") for n in range(2, 1000)]
         claimed = [None, False]
@@ -379,7 +379,7 @@ class Run:
             begun = [f for f in folders if (f / "last.pt").exists()]
             stopped = [f for f in begun if not (f / "results.json").exists()]
             if begun and not stopped:
-                fail(f"--resume: the run in {printable(out)} is finished, --out names another")
+                fail(f"--resume: the run in {printable(out)} is finished, give another --out")
             stopped.sort(key=lambda f: os.path.getmtime(f / "last.pt"))
             if stopped:
                 claimed = [stopped[-1], True]
@@ -399,7 +399,7 @@ class Run:
 
     def __exit__(self, kind, error, _):
         self.handlers.close()
-        if kind and not self.stopped:  # others may wait for this process, which must not wait, too
+        if kind and not self.stopped:  # others may be waiting for this process: do not wait
             atexit.unregister(dist.destroy_process_group)
         if main_process():
             os.close(self.lock)
@@ -419,11 +419,11 @@ class Run:
     # -- networks and processes
 
     def autocast(self):
-        """Half precision where it is on; for networks, not for losses."""
+        """Autocast to half precision, if it is on: for networks, not for losses."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def place(self, net):
-        """net on the device; with several GPUs its batch norm is over all of them."""
+        """Move net to the device; with several GPUs, its batch norm spans all of them."""
         if self.world > 1 and self.device.type == "cuda":
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
         return net.to(self.device, memory_format=torch.channels_last)
@@ -447,9 +447,9 @@ class Run:
     def gather(self, x):
         """Rows of all processes, with gradient: (n, ...) -> (world n, ...).
 
-        For losses that every process computes of the whole batch: each has the whole gradient of
-        its own rows. It is multiplied by world here, and DistributedDataParallel, which averages,
-        makes it the gradient of a single process.
+        For losses that every process computes on the whole batch: each has the whole gradient of
+        its own rows. That is multiplied by world here so that DistributedDataParallel, which
+        averages, yields the gradient that a single process would have.
         """
         if self.world == 1:
             return x
@@ -468,17 +468,17 @@ class Run:
         return x / self.world
 
     def update(self, optimizer, scaler, loss):
-        """The optimiser's step, unless loss or gradient of any process are not finite.
+        """Take the optimiser's step, unless the loss or gradient of any process is not finite.
 
-        To be called after scaler.unscale_ -> ok, a 0-dim bool tensor. Decided on the device: the
-        fused optimisers leave weights and moments alone where their attribute found_inf, which
+        Call it after scaler.unscale_ -> ok, a 0-dim bool tensor. This is decided on the device:
+        fused optimisers leave weights and moments alone if their attribute found_inf, which
         GradScaler uses as well, is 1.
         """
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if not optimizer.defaults.get("fused"):
             fail(f"{type(optimizer).__name__} needs fused=True, to leave out a step that failed")
         if not optimizer.state and optimizer.defaults.get("momentum"):
-            for p in params:  # which SGD leaves unset where its very first step is left out
+            for p in params:  # SGD leaves it unset if its very first step is skipped
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         norms = torch._foreach_norm([p.grad for p in params if p.grad is not None])
         failed = ~torch.isfinite(torch.stack(norms).sum() + loss.detach())
@@ -496,7 +496,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             stops = [signal.SIGTERM, signal.SIGINT]
             if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-                stops.append(signal.SIGHUP)  # the terminal is closed, and there is no nohup
+                stops.append(signal.SIGHUP)  # sent when the terminal closes, unless under nohup
             for number in stops:
                 before = signal.signal(number, self._catch)
                 self.handlers.callback(signal.signal, number, before)
@@ -507,7 +507,7 @@ class Run:
         if number not in (signal.SIGTERM, signal.SIGINT):  # SIGHUP, which may come twice
             sys.stdout = sys.stderr = open(os.devnull, "w")
         elif self.signal and (self.world == 1 or time.perf_counter() - self.noticed > 5):
-            raise KeyboardInterrupt  # at once torchrun passes on what all have had already
+            raise KeyboardInterrupt  # sooner, it may be the first one, passed on by torchrun
         elif not self.signal:
             self.noticed = time.perf_counter()
         self.signal = number
@@ -528,8 +528,8 @@ class Run:
             tick = time.perf_counter()
 
     def log(self, ok, **figures):
-        """End a step. Tensors are averaged over the steps of the epoch that are ok and over
-        processes; numbers, such as rates, are noted as they are. The first tensor is the loss."""
+        """End a step. Tensors are averaged over processes and over the steps of the epoch that are
+        ok; numbers, such as rates, are recorded as they are. The first tensor is the loss."""
         terms = {k: v.detach().float() for k, v in figures.items() if torch.is_tensor(v)}
         self.rates = {k: v for k, v in figures.items() if k not in terms}
         self.terms = [*terms]
@@ -544,14 +544,14 @@ class Run:
             self._look()
 
     def _look(self):
-        """Read the sums: what is shown, the end of a hopeless run, and whether a signal came."""
+        """Read the sums to show progress, end a hopeless run, and check for a signal."""
         loss, *_, good, failed = self.sums.tolist()
         rates = "".join(f", {k} {v:.3g}" for k, v in self.rates.items())
         figures = f"loss {loss / max(good, 1):.3f}{self._chance('loss')}{rates}"
         if self.bar:
             self.bar.set_postfix_str(figures)
             self.bar.update(self.step % self.per_epoch - self.bar.n)
-        elif time.perf_counter() - self.printed > 300:  # a log file, and an epoch that takes long
+        elif time.perf_counter() - self.printed > 300:  # no bar, as in a log file, and a long epoch
             print(f"step {self.step:,} of {self.steps:,}: {figures}")
             self.printed = time.perf_counter()
         if failed >= 50:
@@ -559,7 +559,7 @@ class Run:
         self._heed()
 
     def _heed(self):
-        """Note a signal that came to any of the processes: all stop after the same step."""
+        """Share a signal that any process received, so that all stop after the same step."""
         self.stopped = self.signal
         if self.world > 1:
             stopped = torch.tensor(self.signal, device=self.device)
@@ -570,11 +570,11 @@ class Run:
         return f" (chance {self.chance[name]:.3f})" if name in self.chance else ""
 
     def end_epoch(self, state):
-        """Note and print the means of an epoch -> whether an evaluation is due.
+        """Record and print the means of an epoch -> whether an evaluation is due.
 
-        Before one state is saved: it may take long, and 30 s after a signal torchrun kills.
+        If so, state is saved first: it may take long, and torchrun kills 30 s after a signal.
         """
-        *sums, good, _ = self.sums.tolist()  # waits until a GPU is done, so before the clock
+        *sums, good, _ = self.sums.tolist()  # waits for the GPU, so read it before the clock
         seconds = time.perf_counter() - self.epoch_begun
         self.seconds += seconds
         if self.bar:
@@ -631,7 +631,7 @@ class Run:
     def save(self, state):
         """Write metrics.jsonl, and last.pt at most once a minute and at the end; after a signal
         the program ends here."""
-        self._heed()  # it may have come during an evaluation
+        self._heed()  # a signal may have come during an evaluation
         self._write(state)
         if self.stopped:
             print(f"stopped after step {self.step:,} of {self.steps:,}, --resume goes on from here")
@@ -649,9 +649,9 @@ class Run:
             self.saved = time.perf_counter()
 
     def report(self, results, test):
-        """Print an evaluation, with test beside the floors -> results.
+        """Print an evaluation, with test also as a table beside the floors -> results.
 
-        With --eval and a random head accuracies of z and the verdict are left out.
+        With --eval and a random head, accuracies of z and the verdict are left out.
         """
         if self.args.eval and self.args.random_head and ": h " not in results["verdict"]:
             results = {k: v for k, v in results.items() if not k.startswith("head_")}
@@ -672,9 +672,9 @@ class Run:
         return results
 
     def finish(self, backbone, results, mean, std, loading):
-        """Write backbone.pt, results.json and curves.png, print how to load the backbone.
+        """Write backbone.pt, results.json and curves.png, and print how to load the backbone.
 
-        loading: lines of Python that make the untrained backbone as `net`.
+        loading: lines of Python that build the untrained backbone `net`.
         """
         path = self.folder.absolute() / "backbone.pt"
         weights = {k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}
@@ -701,7 +701,7 @@ class Run:
 
 
 def claim(folder):
-    """Make a folder for a run -> whether no other run has taken it."""
+    """Make a folder for a run -> True, or False if another run already has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         open(folder / "args.json", "x").close()  # fails where the file exists
@@ -713,7 +713,7 @@ def claim(folder):
 
 
 def lock(folder):
-    """Lock the folder of a run, unless another process has it -> a descriptor, to be closed."""
+    """Lock the folder of a run, or fail if another process has -> a descriptor to close later."""
     descriptor = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     try:
         if fcntl:
@@ -726,7 +726,7 @@ def lock(folder):
 
 
 def source(f):
-    """Its lines, as they were read: when they are printed the file may have been edited."""
+    """The lines of f, read at import: by the time they are printed, the file may have changed."""
     try:
         return inspect.getsource(f)
     except OSError:  # not from a file
@@ -750,18 +750,18 @@ class Undo:
 
 
 def cores():
-    """Processors this process may use, its share of them under torchrun."""
+    """How many processors this process may use; under torchrun, its share of them."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, count // max(1, torchrun("LOCAL_WORLD_SIZE", "1")))
 
 
 def memory():
-    """GB: 8, or a quarter of this process's share of the machine's, as a set that is read lies
-    there twice for a while."""
+    """GB for --memory-limit: 8 or, if less, a quarter of this process's share of the machine's
+    memory, as a set is held twice for a while when it is read."""
     if not hasattr(os, "sysconf"):  # on Windows
         return 8
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # of a container: a number, or "max"
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container: a number, or "max"
         size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(8, round(size / 2**32 / max(1, torchrun("LOCAL_WORLD_SIZE", "1")), 1))
 
@@ -772,9 +772,9 @@ def memory():
 
 
 def read_checkpoint(path):
-    """The dict in a file of tensors and plain Python, on the CPU; exit code 2 without one.
+    """Load the dict of tensors and plain Python values in a file to the CPU, or exit with code 2.
 
-    Released checkpoints also hold argparse's Namespace and numpy scalars, the older ones by the
+    Released checkpoints also hold argparse's Namespace and numpy scalars, older ones under the
     module names of numpy 1.
     """
     scalar = np.float64(0).__reduce__()[0]
@@ -783,7 +783,7 @@ def read_checkpoint(path):
     dtypes = {type(np.dtype(t)) for t in "fdilq"}
     known = [argparse.Namespace, codecs.encode, np.dtype, scalar, old, *dtypes]
     torch.serialization.add_safe_globals(known)
-    if not os.path.isfile(path):  # nor a pipe
+    if not os.path.isfile(path):  # refuses pipes, too
         fail(f"{path} does not exist, or is no file")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -792,21 +792,21 @@ def read_checkpoint(path):
     return found if isinstance(found, dict) else fail(f"{path} holds no dict of weights")
 
 
-OTHER_INPUT = "patch jigsaw colorization splitbrain cpc".split()  # tasks without RGB images
+OTHER_INPUT = "patch jigsaw colorization splitbrain cpc".split()  # tasks that take no RGB images
 
 
 def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None, mean=None):
     """Load the file of --init or --eval into net, which has a `backbone` and heads beside it.
 
-    Understood: last.pt of the same method, of which it takes `kept` or the student `net`; and
-    backbone.pt, torchvision's, timm's and released weights, with `branch` or a usual name above
-    the tensors.
-    renames: (pattern, replacement) for names of the file; adapt: changes the dict of tensors last;
-    mean: of the input of net, compared with that of the file (ImageNet's where it names none).
-    Heads that a file of weights alone does not have stay random: then it returns False.
+    It may be a last.pt of the same method, of which `kept` or the student `net` is loaded; or a
+    backbone.pt, torchvision's, timm's or released weights, where the tensors may be nested under
+    `branch` or a usual name.
+    renames: (pattern, replacement) for names in the file; adapt: a last change to the dict of
+    tensors; mean: of net's input, compared with the file's (ImageNet's if it names none).
+    A file of weights that lacks a head leaves the heads random: then False is returned.
     """
     path = args.eval or args.init
-    if not path or (args.resume and not args.eval):  # what is resumed has weights of its own
+    if not path or (args.resume and not args.eval):  # a resumed run has weights of its own
         return True
     weights = read_checkpoint(path)
     made = made_with(weights)
@@ -839,8 +839,8 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
     print(f"{path}: {len(fits)} of {len(weights)} tensors loaded")
     if extra or missing:
         arch = f", --arch {made['arch']}" if "arch" in made else ""
-        fail(f"{path} holds another network: not in it {shortened(missing)}, unknown or of another "
-             f"shape {shortened(extra)}; give the options it was trained with{arch}")
+        fail(f"{path} holds another network: it lacks {shortened(missing)}, unknown or of another "
+             f"shape are {shortened(extra)}; give the options it was trained with{arch}")
     try:
         net.load_state_dict(weights, strict=False)
     except RuntimeError:
@@ -852,17 +852,17 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
 
 
 def warn_of_another_input(path, made, args, mean):
-    """Where the network of a file was trained on images less another mean, or on no RGB images."""
+    """Warn if the file's network was trained with another mean subtracted, or not on RGB images."""
     theirs = [*made.get("mean", (0.485, 0.456, 0.406))]
     if theirs != [*mean]:
-        print(f"warning: {path} is for images less a mean of {theirs}, here it is {[*mean]}: its "
-              "features are worse before training")
+        print(f"warning: {path} expects images less a mean of {theirs}, here it is {[*mean]}: its "
+              "features are worse until it is trained")
     if made.get("task") in OTHER_INPUT and made["task"] != getattr(args, "task", None):
         print(f"warning: {path} is of --task {made['task']}, which does not take RGB images")
 
 
 def rename(name, renames):
-    """Without the prefixes of wrappers, and changed by renames, in their order."""
+    """name without the prefixes of wrappers, then changed by each of renames in turn."""
     name = re.sub(r"^((module|_orig_mod|model|net|encoder)\.)+", "", str(name))
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
@@ -880,16 +880,16 @@ def shortened(names):
 
 
 def thinned(index, most):
-    """At most so many of an index, from all over it, as it is in the order of classes."""
+    """At most `most` entries of index, evenly spaced, as it may be sorted by class."""
     n = min(most, len(index))
     return index[torch.arange(n) * len(index) // n]
 
 
 @torch.no_grad()
 def embed(f, part, crops, run, limit=math.inf):
-    """f(views), a tuple of (B, ...), for images of part = (images, index): all, or `limit` of them.
+    """Call f(views), a tuple of (B, ...), on images of part = (images, index): all, or `limit`.
 
-    -> its outputs (n, ...) in float32, then the labels (n,), in the order of index. Every process
+    -> its outputs (n, ...) in float32, then the labels (n,), in the order of index. Each process
     takes every world-th image and gets the outputs of all.
     """
     images, index = part[0], thinned(part[1], limit)
@@ -918,7 +918,7 @@ def export(f, data, crops, run):
     for split, images in splits.items():
         every = torch.arange(len(images.labels))
         h, i = (x.cpu() for x in embed(f, (replace(images, labels=every), every), crops, run))
-        good = i == every  # in place of a broken file stands another
+        good = i == every  # another image stands in for a broken file
         features.append(h[good].numpy())
         columns["name"] += [str(images.names[j]) for j in i[good]]
         columns["split"] += [split] * len(features[-1])
@@ -926,7 +926,7 @@ def export(f, data, crops, run):
     h = np.concatenate(features)
 
     def save(part):
-        with open(part, "wb") as file:  # a name without .npz would get one
+        with open(part, "wb") as file:  # savez would add .npz to the name
             np.savez(file, h=h, classes=data.classes, **columns)
 
     write(run.args.embed, save)
@@ -934,15 +934,15 @@ def export(f, data, crops, run):
 
 
 def finite(*parts):
-    """Whether features of each (features, labels) are."""
+    """Whether the features of all (features, labels) are finite."""
     return all(x.isfinite().all() for x, _ in parts)
 
 
 def cross_entropy(x, w, b, y, most=2**16):
-    """F.cross_entropy(F.linear(x, w, b), y), part by part where there are many rows.
+    """F.cross_entropy(F.linear(x, w, b), y), part by part if there are many rows.
 
-    In the backward pass a part is computed again: of a million images logits of 1,000 classes are
-    4 GB.
+    The backward pass computes each part again: the logits of a million images and 1,000 classes
+    would take 4 GB.
     """
     def share(x, y):
         return F.cross_entropy(F.linear(x, w, b), y) * (len(x) / n)
@@ -955,10 +955,10 @@ def cross_entropy(x, w, b, y, most=2**16):
 
 
 def knn(fit, val, test=None, k=20, tau=0.07):
-    """Top-1 in % of the k nearest by cosine, with votes exp(cosine / tau) (Wu et al. 2018).
+    """k-NN top-1 in %: the k nearest by cosine vote with exp(cosine / tau) (Wu et al. 2018).
 
-    Each part: features (n, d), labels (n,). The neighbours of val are in fit; those of test, where
-    it is given, in fit and val.
+    Each part: features (n, d), labels (n,). Without test, val is scored by its neighbours in fit;
+    with test, test is scored by its neighbours in fit and val.
     """
     if not finite(fit, val):
         return math.nan
@@ -974,11 +974,11 @@ def knn(fit, val, test=None, k=20, tau=0.07):
 
 
 def health(h, z1, z2, *_, name="z", least=0.1):
-    """What h (n, d) and z1, z2 (n, D), of two views of n images, look like, and a verdict.
+    """Statistics of h (n, d) and z1, z2 (n, D), of two views of n images, and a verdict.
 
-    All but rank_h is of z / |z|: a loss that does not divide by |z| may shrink it unnoticed.
-    spread: standard deviation times sqrt(D): 1 all over the sphere, 0 at a point, which it is
-    called below `least`. alignment: mean squared distance of the two views; uniformity: log mean
+    All but rank_h are of z / |z|: a loss that does not divide by |z| may shrink z unnoticed.
+    spread: standard deviation times sqrt(D): 1 all over the sphere, 0 at a point, which is the
+    verdict below `least`. alignment: mean squared distance of the two views; uniformity: log mean
     exp(-2 squared distance) of two images (Wang & Isola 2020). rank: exp of the entropy of the
     singular values (RankMe, Garrido et al. 2023). name: what z is called in the verdict.
     """
@@ -999,7 +999,7 @@ def health(h, z1, z2, *_, name="z", least=0.1):
 
 
 def effective_rank(x):
-    """exp of the entropy of the singular values of x (n, d), taken as shares."""
+    """exp of the entropy of the singular values of x (n, d), scaled to sum to 1."""
     p = torch.linalg.svdvals(x.cpu())
     return torch.special.entr(p / p.sum().clamp(min=1e-12)).sum().exp().item()
 
@@ -1011,7 +1011,7 @@ def effective_rank(x):
 
 def show_views(run, data, crops, augment):
     """views.png: eight training images, each followed by views as the network gets them."""
-    if run.args.resume and not run.step:  # which may still be refused
+    if run.args.resume and not run.step:  # restore may still refuse
         return
     eight = torch.arange(min(8, len(data.train.labels)))
     columns = []
@@ -1046,7 +1046,7 @@ def picture(path, columns):
 
 
 # ==================================================================================================
-# Image operations: x (N, 3, H, W) in [0, 1] -> same, drawn from the device's global generator
+# Image operations: x (N, 3, H, W) in [0, 1] -> same; draws are from the device's global generator
 # ==================================================================================================
 
 
@@ -1063,7 +1063,7 @@ def random_boxes(sizes, scale, ratio, tries=10):
     """RandomResizedCrop's boxes: sizes (N, 2) height, width -> (N, 4) top, left, height, width.
 
     An area of scale[0] to scale[1] of the image with a log-uniform aspect in ratio, the first of
-    `tries` that fits; where none does, the largest central box within ratio, as torchvision.
+    `tries` that fits; if none does, the largest central box within ratio, as in torchvision.
     """
     shape, device = (len(sizes), tries), sizes.device
     H, W = sizes.float().split(1, dim=1)  # (N, 1)
@@ -1088,7 +1088,7 @@ def central_boxes(sizes, share):
 def resize_weights(start, length, out, size):
     """(N, out, size): row o weighs the pixels [start, start + length) of a line for output pixel o.
 
-    A triangle, as wide as an output pixel where it shrinks: resize(antialias=True) of torchvision.
+    When shrinking, a triangle one output pixel wide at half height: torchvision's antialias=True.
     """
     length = length.view(-1, 1, 1)
     pixel = torch.arange(size, device=start.device) + 0.5 - start.view(-1, 1, 1)  # (N, 1, size)
@@ -1119,7 +1119,7 @@ def grey(x, p):
 
 
 def turn_hue(x, shift):
-    """Hue moved by shift (N, 1, 1, 1) of a full turn: adjust_hue, through value, chroma, hue."""
+    """Turn the hue by shift (N, 1, 1, 1) of a full turn: adjust_hue, via value, chroma, hue."""
     value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     (r, g, b), c = x.split(1, 1), chroma.clamp(min=1e-12)
     green_or_blue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
@@ -1132,8 +1132,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, p):
     """torchvision's ColorJitter with probability p; every image has its own factors and order.
 
     Brightness, contrast and saturation are blends with black, the mean grey and the grey image.
-    Turning the hue takes most of the time, so a random quarter of the batch each has it done
-    first, second, third or last.
+    Turning the hue takes most of the time, so it comes first, second, third and last for one
+    random quarter of the batch each.
     """
     n, device, jittered = len(x), x.device, coin(x, p)
     draws = uniform(-1, 1, (3, n), device)
@@ -1156,12 +1156,12 @@ def color_jitter(x, brightness, contrast, saturation, hue, p):
 
 
 def solarize(x, p, threshold=0.5):
-    """Values from the threshold on are inverted: v -> 1 - v."""
+    """Invert values at or above the threshold, with probability p: v -> 1 - v."""
     return torch.where(coin(x, p) & (x >= threshold), 1 - x, x)
 
 
 def blur(x, sigma, taps, p):
-    """Gaussian blur with sigma in a range of pixels, `taps` (odd) wide, edges reflected."""
+    """Gaussian blur: sigma from a range in pixels, kernel `taps` (odd) wide, edges reflected."""
     s = torch.where(coin(x, p), uniform(*sigma, (len(x), 1, 1, 1), x.device), 1e-3).view(-1, 1)
     offset = torch.arange(taps, device=x.device) - taps // 2
     k = torch.exp(-0.5 * (offset / s) ** 2)  # (N, taps); sigma 1e-3 leaves the image as it is
@@ -1209,8 +1209,8 @@ TEXTURES = {  # bright where it is over 0, dark where it is under 0
 
 
 def covered(shapes, x, y):
-    """Whether points are in shapes: ellipses "+x,y,w,h" of these radii, and trapezes "+x,y,b,t,h"
-    of these half widths at the bottom and at the top, and half height."""
+    """Whether points are in shapes: ellipses "+x,y,w,h" with radii w and h, and trapezoids
+    "+x,y,b,t,h" with half width b at the bottom and t at the top, and half height h."""
     inside = torch.zeros_like(x, dtype=torch.bool)
     for shape in shapes:
         cx, cy, *sizes, h = map(float, shape[1:].split(","))
@@ -1224,14 +1224,14 @@ def covered(shapes, x, y):
 
 
 def toys(n, size, seed):
-    """n images of one thing made of textured parts, before a quiet and darker background: images
-    (n, 3, size, size) uint8, labels (n,), parts (n, size, size) uint8 from 1 on, 0 where there is
-    none, depth alike, 0 near to 1 far, and factors: name -> (n,).
+    """n images, each of one thing made of textured parts on a plain, darker background: images
+    (n, 3, size, size) uint8, labels (n,), parts (n, size, size) uint8, numbered from 1, 0 where
+    there is none, depth of the same shape, 0 near to 1 far, and factors: name -> (n,).
 
-    The class is the kind of thing. The factors are drawn whatever the class: radius, x and y of the
-    centre (in half sides of the image), tilt in degrees, direction, lightness, contrast of the
-    textures, ground. All kinds have the same area on average, stand upright and are lit from
-    above; colour follows from lightness.
+    The class is the kind of thing. The factors do not depend on it: radius, x and y of the centre
+    (in half sides of the image), tilt in degrees, direction, lightness, contrast of the textures,
+    ground. All kinds have the same area on average, stand upright and are lit from above; colour
+    follows from lightness.
     """
     g = torch.Generator().manual_seed(seed)
     labels = torch.randperm(n, generator=g) % len(THINGS)
@@ -1272,20 +1272,20 @@ def toys(n, size, seed):
 # Images in: files
 # ==================================================================================================
 
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Pillow refuses images for more than 1 MB beside the pixels
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # Pillow refuses over 1 MB of metadata by default
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def hidden(name):
-    """Whether a file or folder is none of the user's: what systems put beside images."""
+    """Whether a file or folder is not the user's, but one that systems put beside images."""
     return name.startswith((".", "@eaDir", "__MACOSX"))
 
 
 def find_images(folder):
     """All image files below a folder, sorted, and how many other files there are.
 
-    Links are followed. Hidden names and folders that hold a run are left out, and folders that may
-    not be read are named.
+    Links are followed. Hidden names and folders that hold a run are left out, and folders that
+    cannot be read are reported.
     """
     found, others, entered = [], 0, set()
     for path, folders, files in os.walk(folder, onerror=print, followlinks=True):
@@ -1296,7 +1296,7 @@ def find_images(folder):
         entered.add(real)
         folders[:] = sorted(f for f in folders if not hidden(f))
         files = [f for f in files if not hidden(f)]
-        regular = {f.name for f in os.scandir(path) if f.is_file()}  # to open a pipe is to wait
+        regular = {f.name for f in os.scandir(path) if f.is_file()}  # opening a pipe waits
         images = [os.path.join(path, f) for f in files
                   if os.path.splitext(f)[1].lower() in SUFFIXES and f in regular]
         found += images
@@ -1307,10 +1307,10 @@ def find_images(folder):
 def rgb(image):
     """A Pillow image of any kind -> 8-bit RGB, transparent pixels on white.
 
-    Deeper images are scaled by the range they use: from 0, or a lower least value, to 1, to the
-    most of 8, 10, 12, 14 or 16 bits or, where that is not enough, to their largest value.
+    Deeper images are scaled by the range they use: from 0, or their least value if lower, to the
+    first of 1, the maximum of 8, 10, 12, 14 and 16 bits, and their largest value that is enough.
     """
-    if image.mode[0] in "IF":  # which Pillow would clip
+    if image.mode[0] in "IF":  # modes that Pillow would clip
         a = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         low, most = min(a.min(), 0), a.max()
         top = next((t for t in (1, 255, 1023, 4095, 16383, 65535) if most <= t), most)
@@ -1322,10 +1322,10 @@ def rgb(image):
 
 
 def read_image(file, shorter):
-    """(H, W, 3) uint8 with a shorter side of at most so many pixels, or the reason why not.
+    """(H, W, 3) uint8 with a shorter side of at most `shorter` pixels, or why it cannot be read.
 
-    Of an image that is more than twice as long as wide, the middle is kept. What may be the disk
-    or the network, and pass, is waited for.
+    Of an image that is more than twice as long as wide, only the middle is kept. Errors that may
+    come from the disk or the network, and pass, are waited out.
     """
     for pause in (1, 5, 20, 60, 0):
         image, number = decode(file, shorter)
@@ -1336,11 +1336,11 @@ def read_image(file, shorter):
 
 
 def decode(file, shorter):
-    """The array of read_image or the reason, and the error's number if the system has raised it."""
+    """The array or reason of read_image, and the errno if the operating system raised the error."""
     try:
         image = Image.open(file)
         image.draft("RGB", (shorter, shorter))  # JPEG: decodes at 1/2, 1/4 or 1/8
-        with contextlib.suppress(Exception):  # for bad metadata, which are no reason to give up
+        with contextlib.suppress(Exception):  # bad metadata is no reason to give up
             image = ImageOps.exif_transpose(image)
         w, h = image.size
         x, y = max(0, w - 2 * h) // 2, max(0, h - 2 * w) // 2
@@ -1350,16 +1350,16 @@ def decode(file, shorter):
             image = image.resize([round(factor * s) for s in image.size], Image.BILINEAR)
         high = image.height >= image.width
         planes = np.asarray(image).transpose((2, 0, 1) if high else (2, 1, 0)).copy()
-        return planes.transpose((1, 2, 0) if high else (2, 1, 0)), None  # pad only copies these
+        return planes.transpose((1, 2, 0) if high else (2, 1, 0)), None  # so that pad only copies
     except Exception as error:  # a broken file raises whatever its decoder likes
         return str(error) or type(error).__name__, getattr(error, "errno", None)
 
 
 def read_all(files, shorter, memory_gb, workers):
-    """read_image of all files, or None if they take more, padded to one size, than that."""
+    """read_image of all files, or None if they take over memory_gb, padded to one size."""
     images, largest = [], np.zeros(2)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for n in range(0, len(files), 1000):  # of a million it often takes no more to know
+        for n in range(0, len(files), 1000):  # of a million, these often suffice to know
             images += pool.map(read_image, files[n : n + 1000], [shorter] * 1000)
             read = [image for image in images[n:] if not isinstance(image, str)]
             largest = np.max([largest, *(sorted(image.shape[:2]) for image in read)], 0)
@@ -1391,9 +1391,9 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 
 @dataclass
 class Images:
-    """N images: labels (N,) int64, -1 unknown, and either files, to be read with a shorter side of
-    at most `shorter`, or on the device pixels (N, 3, H, W) uint8, put in one by `pad`, and sizes
-    (N, 2), the height and width they had. names: the files', or numbers."""
+    """N images: labels (N,) int64 (-1: unknown) and either files, to be read with a shorter side of
+    at most `shorter`, or, on the device, pixels (N, 3, H, W) uint8, joined by `pad`, and sizes
+    (N, 2), their heights and widths before that. names: of the files, or numbers."""
 
     labels: torch.Tensor
     pixels: torch.Tensor = None
@@ -1403,10 +1403,10 @@ class Images:
     names: list = None
 
     def read(self, i):
-        """i and the pixels of file i. A broken file leaves the set, another is drawn for it."""
+        """i and the pixels of file i. A broken file is dropped, and another drawn instead."""
         draw = random.Random(i)
         while any(self.files):
-            if file := self.files[i]:  # once, as other threads read, too
+            if file := self.files[i]:  # read once: other threads may drop it
                 image = read_image(file, self.shorter)
                 if not isinstance(image, str):
                     return i, image
@@ -1417,15 +1417,15 @@ class Images:
 
 
 class Data:
-    """A set by name (the built-in one, a key of SETS) or folder: PATH/train/<class>/* with
-    PATH/{val,validation} and PATH/test in the same form (without the latter the former is the
-    test), or any tree of images, without labels.
+    """A set by name (the built-in one or a key of SETS) or folder: PATH/train/<class>/* with
+    PATH/{val,validation} and PATH/test in the same form (without a test split, the validation split
+    is the test), or any tree of images, without labels.
 
-    train: its training images; fit, val, test: (images, index) for the probes. Where there is no
-    validation split it is a tenth of the labelled training images, of every class, and where there
-    is no test split either another tenth. limit: the first so many training images of a fixed
-    shuffle, and at most as many of the others (the built-in set is made anew). side: the shorter
-    side of its images in pixels.
+    train: its training images; fit, val, test: (images, index) for the probes. Without a validation
+    split, val is a tenth of the labelled training images of every class; without a test split
+    either, test is another tenth. limit: keep only the first images of a fixed shuffle, this many
+    of each split at most (the built-in set is made anew). side: the shorter side of its images in
+    pixels.
     """
 
     def __init__(self, name, root="data", limit=None):
@@ -1513,7 +1513,7 @@ class Data:
         self.parts[split] = items, labels
 
     def read(self, size, device, memory_gb, workers):
-        """Read the training images, and say which of them the probes are fitted and chosen on."""
+        """Read the training images, and set on which images the probes are fitted and chosen."""
         self.how = (size, device, memory_gb, workers)
         self.train = self.load("train")
         known = (self.train.labels >= 0).nonzero().squeeze(1)
@@ -1535,14 +1535,14 @@ class Data:
         return images, torch.arange(len(images.labels))
 
     def splits(self, test, most=math.inf):
-        """(images, index) of fit and val, or of fit, val and test; at most so many of each, from
-        all over it."""
+        """(images, index) of fit and val, or of fit, val and test: at most `most` images of each,
+        evenly spaced."""
         names = ["fit", "val", "test"] if test else ["fit", "val"]
         parts = [getattr(self.probed, name) for name in names]
         return [(images, thinned(index, most)) for images, index in parts]
 
     def load(self, split):
-        """The Images of a split: in memory, on the device, or as files where that would take more
+        """The Images of a split: as pixels on the device, or as files if pixels would take more
         than memory_gb."""
         items, labels = self.parts[split]
         numbers = self.numbers.get(split, range(len(items)))
@@ -1581,8 +1581,8 @@ def shuffle(n):
 
 
 def hold_out(labels):
-    """Index of nine tenths and of one tenth of every class, which loses one image at least if it
-    has two."""
+    """Indices of nine tenths and of one tenth of every class; a class of two or more loses at least
+    one image."""
     kept, tenth, order = [], [], shuffle(len(labels))
     order = order[labels[order].argsort(stable=True)]  # class by class
     for i in order.split(labels.unique(return_counts=True)[1].tolist()):
@@ -1593,16 +1593,16 @@ def hold_out(labels):
 
 
 def pad(images, pin=False):
-    """List of arrays (H, W[, 3]) uint8 -> (N, 3, longest, widest), and their sizes (N, 2): those
-    wider than high lie transposed, as padding all to one size would double the work otherwise.
-    pin: in memory that a GPU copies from while the host goes on."""
+    """List of arrays (H, W[, 3]) uint8 -> (N, 3, longest, widest), and their sizes (N, 2). Images
+    wider than high are stored transposed: otherwise, padding all to one size would double the work.
+    pin: use memory that a GPU copies from while the host goes on."""
     sizes = torch.tensor([image.shape[:2] for image in images])
     shape = len(images), 3, int(sizes.amax()), int(sizes.amin(1).amax())
     pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=pin)
     for place, image in zip(pixels, images):
         image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1)
         image = image.mT if image.shape[1] < image.shape[2] else image
-        place[:, : image.shape[1], : image.shape[2]] = image  # grey: one channel for three
+        place[:, : image.shape[1], : image.shape[2]] = image  # grey: one channel fills all three
     return pixels, sizes
 
 
@@ -1621,8 +1621,8 @@ class Crop(NamedTuple):
     count: int = 1
 
     def cut(self, x, sizes):
-        """One view (N, 3, size, size) of x, floats in [0, 1] that lie as pad leaves them, wide ones
-        transposed; sizes (N, 2): their heights and widths before."""
+        """One view (N, 3, size, size) of x, floats in [0, 1] laid out by pad, with wide ones
+        transposed; sizes (N, 2): their heights and widths before that."""
         boxes = (random_boxes(sizes, self.scale, self.ratio) if self.ratio
                  else central_boxes(sizes, self.scale))
         high = sizes.diff(dim=1) <= 0  # (N, 1), height >= width
@@ -1636,7 +1636,7 @@ def reseed(*numbers):
     state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(state)
     if torch.cuda.is_initialized() or torch.backends.mps.is_available():
-        torch.manual_seed(state)  # of all devices; slow where there is none
+        torch.manual_seed(state)  # seeds all devices; slow if there are none
 
 
 def to_device(x, device):
@@ -1648,7 +1648,7 @@ def to_device(x, device):
 def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
     """Yield (views, index) for `order` (indices into images) cut into batches of `size`.
 
-    views: for every crop and each of its count, float (B, 3, S, S) in [0, 1]. seed, a tuple: batch
+    views: `count` tensors for every crop, float (B, 3, S, S) in [0, 1]. seed, a tuple: batch
     i and all that is drawn while it is in use depend on (*seed, first + i) alone.
     """
     chunks = order.split(size)
@@ -1656,20 +1656,20 @@ def batches(images, order, size, crops, device, workers=0, seed=(0,), first=0):
         pin = torch.device(device).type == "cuda"
         items = stream(images, chunks, workers, pin)
     else:
-        here = order.to(device).split(size)  # at once: copying to a GPU makes it wait
+        here = order.to(device).split(size)  # at once, as every copy to a GPU waits
         items = ((images.pixels[i], images.sizes[i], j) for i, j in zip(here, chunks))
     for i, (x, sizes, index) in enumerate(items):
         x = to_device(x, device).float().div_(255)
         sizes = to_device(sizes, device)
         reseed(*seed, first + i)
         views = [c.cut(x, sizes) for c in crops for _ in range(c.count)]
-        del x  # up to gigabytes, which the step can use
+        del x  # frees up to gigabytes for the step
         yield views, index
 
 
 def stream(images, chunks, workers, pin=False, ahead=3):
-    """Yield pixels (B, 3, H, W) uint8, sizes (B, 2) and the index of every chunk, read so many
-    chunks ahead by threads: Pillow decodes in parallel. pin: see pad."""
+    """Yield pixels (B, 3, H, W) uint8, sizes (B, 2) and the index of every chunk. Threads, in which
+    Pillow decodes in parallel, read `ahead` chunks ahead. pin: see pad."""
     pool = ThreadPoolExecutor(max(workers, 1))
 
     def start(chunk):
@@ -1680,7 +1680,7 @@ def stream(images, chunks, workers, pin=False, ahead=3):
         for n in range(len(chunks)):
             index, arrays = zip(*(future.result() for future in reading.pop(0)))
             reading += [start(chunk) for chunk in chunks[n + ahead : n + ahead + 1]]
-            _ = [fail(reason) for reason in arrays if isinstance(reason, str)]  # no file is left
+            _ = [fail(reason) for reason in arrays if isinstance(reason, str)]  # none can be read
             yield *pad(arrays, pin), torch.tensor(index)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -20,24 +20,24 @@ Algorithm 1 of the paper with multi-crop, for a batch of N images:
 Symbols: x_i (N, 3, S, S) views in [0, 1]; h (V N, d) class tokens of V views; z (V N, 256) unit
 vectors before the last layer; s, t (N, K) raw outputs of student and teacher for a view; C (1, K)
 centre; tau_s, tau_t temperatures; m, m_C momenta (slide: l, m). net is g_s, net_ema is g_t, the one
-that is kept. In a ViT: P side of a patch, T patches of a view, D = d wide.
+that is kept. In a ViT: P side of a patch, T patches per view, width D = d.
 
 Where this file departs from the paper and the released code:
-  - tau_t is scheduled by steps (released code: by epochs). Warm-ups are shares of the run, and the
-    rate goes from above 0 to 0 (released code: from 0 to 1e-6). m starts lower on short runs.
-  - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
-    tenth of the view wide (released code: Pillow's three box blurs, without a limit).
-  - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
-  - The built-in set, made for a CPU, has a small ViT that begins with convolutions (Xiao et al.
-    2021), batch norm in the head (an option of the released code), few classes K, a colder teacher,
-    and, as short runs learn more with them, a quicker centre, an m that does not rise, and no local
-    views (benchmarks/LOG.md).
-  - The linear probe is fitted by L-BFGS on class tokens of central crops (paper: by SGD, of random
-    ones; released code: of a ViT-S's last four blocks).
-  - Of the three columns of OPTIONS the last follows the released command for a ViT-S and 100
-    epochs, with half its batch (its help then advises an m of 0.9995, here 0.996), but for tau_t,
-    which is the paper's (there: 0.04 throughout), and norm_last_layer (there: true). The released
-    command for 300 epochs has both.
+  - tau_t changes every step (released code: every epoch). Warm-ups are shares of the run, and the
+    rate starts above 0 and ends at 0 (released code: 0 and 1e-6). m starts lower on short runs.
+  - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
+    cut off at a tenth of the view's width (released code: Pillow's three box blurs, not cut off).
+  - Small images are not blurred. Narrow ViTs start with sinusoidal positions (start_with_sines).
+  - The recipe for the built-in set is sized for a CPU: a small ViT that begins with convolutions
+    (Xiao et al. 2021), batch norm in the head (an option of the released code), few classes K, a
+    colder teacher, and, because short runs learn more that way, a faster centre, a constant m, and
+    no local views (benchmarks/LOG.md).
+  - The linear probe is fitted by L-BFGS on class tokens of central crops (paper: by SGD on random
+    crops; released code: on those of a ViT-S's last four blocks).
+  - The last column of OPTIONS follows the released command for a ViT-S and 100 epochs, with half
+    its batch (its help then advises an m of 0.9995, here 0.996), except for tau_t, which is the
+    paper's (there: 0.04 throughout), and norm_last_layer (there: true). The released command for
+    300 epochs sets both as here.
 
     python dino.py      83 s on 2 CPU cores; mean of three seeds: 92.8 % linear, 82.5 % k-NN; the
                         untrained network has 32.1 and 20.9 %, raw pixels have 27.0 and 38.2 %
@@ -60,7 +60,7 @@ from common import FLAG, FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, SWITCH
 # ==================================================================================================
 
 VITS = {  # width, depth, heads
-    "vit_conv": (96, 2, 3),  # behind convolutions
+    "vit_conv": (96, 2, 3),  # after a stem of convolutions
     "vit_nano": (128, 3, 4),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
@@ -73,22 +73,22 @@ SHARES = SHARE | {"nargs": 3}
 
 
 def momentum(args, n):
-    """m at the start: 0.996 (paper), or less on a short run: half-life steps / 20, but m >= 0.9."""
+    """Initial m: 0.996 (paper), or a half-life of steps / 20 in short runs, but at least 0.9."""
     return min(0.996, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
 
 def constant(args, n):
-    """m at the end: as at the start. A teacher that stops following slows a short run down."""
+    """m at the end: as at the start, because an m that rises to 1 makes a short run learn less."""
     return args.m
 
 
 def local_side(args, n):
-    """Side of a local view: 96 pixels where the image has 224, in whole patches."""
+    """Side of a local view: 96 pixels if a global one has 224, rounded to whole patches."""
     return args.patch_size * max(1, round(args.image_size * 3 / 7 / args.patch_size))
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# A function gets (args, number of images). common.py adds --dataset, --seed, --amp and so on.
+# Functions are called with (args, number of images). common.py adds --dataset, --seed and so on.
 OPTIONS = {  # fmt: skip
     # option              built-in    to 64 px    larger       allowed     meaning
     "arch":              ("vit_conv", "vit_tiny", "vit_small", NETS,       "backbone"),
@@ -110,12 +110,12 @@ OPTIONS = {  # fmt: skip
     "local_crops":       (0,          6,          8,           FROM_0,     "L"),
     "global_scale":      (0.5,        0.4,        0.4,         SHARE,      "least area, global"),
     "local_scale":       (0.2,        0.1,        0.05,        SHARE,      "least area, local"),
-    "blur":              (NO_BLUR,    NO_BLUR,    BLUR,        SHARES,     "in x1, x2, local"),
-    "solarize":          (0.0,        0.2,        0.2,         SHARE,      "in x2"),
+    "blur":              (NO_BLUR,    NO_BLUR,    BLUR,        SHARES,     "p in x1, x2, local"),
+    "solarize":          (0.0,        0.2,        0.2,         SHARE,      "probability in x2"),
     "epochs":            (16,         200,        100,         FROM_1,     "passes over the set"),
     "batch_size":        (64,         512,        256,         FROM_2,     "N (paper: 1024)"),
     "optimizer":         ("adamw",    "adamw",    "adamw",     "adamw|sgd",
-                          "released ResNets: sgd, --lr 0.03, decay 1e-4 all along"),
+                          "released ResNets: sgd, --lr 0.03, constant decay 1e-4"),
     "lr":                (6e-3,       5e-4,       5e-4,        POSITIVE,   "peak, times N / 256"),
     "warmup":            (0.1,        0.1,        0.1,         SHARE,      "share of steps"),
     "weight_decay":      (0.04,       0.04,       0.04,        SHARE,      "at the start"),
@@ -124,9 +124,9 @@ OPTIONS = {  # fmt: skip
     "freeze_last_layer": (1,          1,          1,           FROM_0,     "epochs at the start"),
     "m":                 (momentum,   momentum,   momentum,    SHARE,      "momentum at the start"),
     "m_end":             (constant,   1.0,        1.0,         SHARE,      "momentum at the end"),
-    "branch":            ("teacher",  "teacher",  "teacher",   "teacher|student", "of a file"),
+    "branch":            ("teacher",  "teacher",  "teacher",   "teacher|student", "to load"),
 }
-# Without a GPU images up to 64 pixels have the first column, except for:
+# Without a GPU, images up to 64 pixels use the first column, except for:
 CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 4,
        "epochs": common.hour(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2}
 
@@ -146,7 +146,7 @@ def crops(args):
 
 
 def augment(views, args):
-    """Flip, colour jitter, grey, blur, solarization as in BYOL; every image has its own draws.
+    """Flip, colour jitter, grey, blur, solarization as in BYOL, drawn separately for every image.
 
     views: list of (N, 3, S, S) in [0, 1], two global ones, then the local ones -> the same.
     """
@@ -170,7 +170,7 @@ def augment(views, args):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for the input
 
 
 class WeightNorm(nn.Module):
@@ -208,7 +208,7 @@ class Head(nn.Module):
 class DINO(nn.Module):
     """Backbone and head: V views (N, 3, S, S) in [0, 1] -> h (V N, d), z (V N, 256), s (V N, K).
 
-    Views of one size are next to each other and go through the backbone together.
+    Views of one size must be adjacent: they go through the backbone together.
     """
 
     def __init__(self, backbone, out_dim=65536, hidden=2048, head_bn=False):
@@ -222,13 +222,13 @@ class DINO(nn.Module):
         for size in dict.fromkeys(x.shape[-1] for x in views):
             x = torch.cat([view for view in views if view.shape[-1] == size])
             x = self.backbone((x - self.mean) / self.std)
-            h.append(x[:, 0] if x.ndim == 3 else x)  # of a ViT the class token
+            h.append(x[:, 0] if x.ndim == 3 else x)  # a ViT's class token
         h = torch.cat(h)
         return h, *self.head(h)
 
 
 def build(args, drop_path=0.0):
-    """The untrained network, the same for the same seed."""
+    """The untrained network, determined by args.seed."""
     torch.manual_seed(args.seed)
     if args.arch in VITS:
         backbone = ViT(*VITS[args.arch], args.patch_size, args.image_size, drop_path)
@@ -250,7 +250,7 @@ def build(args, drop_path=0.0):
 
 
 def H(t, s, center, tau_s, tau_t):
-    """Cross-entropy of teacher and student (H in slide Algorithm 1; paper, equation 2), its mean:
+    """Mean cross-entropy of teacher and student (H in slide Algorithm 1; paper, equation 2), with
 
         H(t, s) = -sum_k softmax((t - C) / tau_t)_k log softmax(s / tau_s)_k
 
@@ -266,7 +266,7 @@ def dino_loss(student, teacher, center, tau_s, tau_t):
     which has the sum).
 
     student, teacher: lists of (N, K), one for each view; the teacher's views are the first of the
-    student's -> scalar. H is linear in t: for each s_j, the t_i with i != j are added up first.
+    student's -> scalar. H is linear in t, so for each s_j the t_i with i != j are summed first.
     No gradient to the teacher. Test: test_dino_loss_equation.
     """
     t = [F.softmax((view.detach() - center) / tau_t, dim=1) for view in teacher]
@@ -328,8 +328,8 @@ def cosine(step, steps, start, end):
 
 
 def tau_at(step, steps, tau_t, warmup):
-    """The teacher's temperature: from 0.04 linearly to tau_t over the first part of the run, the
-    share `warmup`; tau_t throughout where it is under 0.04. Test: test_tau_at.
+    """The teacher's temperature: it rises linearly from 0.04 to tau_t over the first `warmup` (a
+    share) of the run. A tau_t below 0.04 is used throughout. Test: test_tau_at.
     """
     share = min(1.0, step / (warmup * steps)) if warmup else 1.0
     return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
@@ -337,15 +337,15 @@ def tau_at(step, steps, tau_t, warmup):
 
 @torch.no_grad()
 def clip_each(net, length):
-    """Clip the gradient of each tensor to this norm on its own, as the released code does, not the
-    norm of all together. Test: test_clip_each."""
+    """Clip the gradient of each tensor separately to this norm, as the released code does, not all
+    of them together. Test: test_clip_each."""
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     norms = torch._foreach_norm(grads)
     torch._foreach_mul_(grads, [(length / (n + 1e-6)).clamp(max=1.0) for n in norms])
 
 
 def check(args, steps):
-    """Before hours are spent, say what cannot work or is known to go wrong."""
+    """Reject options that cannot work and warn of bad ones, before hours are spent on them."""
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if args.arch in VITS and least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
@@ -359,7 +359,7 @@ def check(args, steps):
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if args.arch in VITS and args.image_size % args.patch_size:
-        print("warning: --image-size is no multiple of --patch-size, a rest is cut off")
+        print("warning: --image-size is not a multiple of --patch-size, the remainder is cut off")
     if args.local_crops and args.local_size >= args.image_size:
         print("warning: local views are not smaller than global ones, lower --local-size")
 
@@ -384,7 +384,7 @@ def train(args, run):
     net_ema.load_state_dict(net.state_dict())  # g_t = g_s
     net = run.place(net)
     net_ema = run.place(net_ema)
-    net_ema.requires_grad_(False)  # stop-gradient: the teacher only follows, by moving average
+    net_ema.requires_grad_(False)  # stop-gradient: the teacher is only a moving average
     net.head.last_layer.weight_g.requires_grad_(not args.norm_last_layer)
     center = torch.zeros(1, K, device=run.device)
     student = run.parallel(net)
@@ -430,7 +430,7 @@ def train(args, run):
             scaler.unscale_(optimizer)
             clip_each(net, args.clip)
             if epoch < args.freeze_last_layer:
-                net.head.last_layer.zero_grad()  # to None: AdamW skips it
+                net.head.last_layer.zero_grad()  # grad is None: AdamW skips it
             ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
             ema_update(net_ema, net, torch.where(ok, m, 1.0))  # EMA; a skipped step: m = 1
             center.copy_(update_center(center, run.mean(t.mean(0, keepdim=True)), center_m))
@@ -453,7 +453,7 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
-    refit on fit and val together with that penalty. NaN for features that are not finite.
+    refit with that penalty on fit and val. NaN if fit or val has features that are not finite.
     """
     if not common.finite(fit, val):
         return math.nan
@@ -466,17 +466,17 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, strong to weak.
+    """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
-    x is standardised, penalties are for ten classes. A fit starts from the one before. L-BFGS works
-    on v, where w = v P: P makes the loss about equally curved in all directions, which takes less
-    than half of the steps.
+    x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
+    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
+    in all directions, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
-    hessian.diagonal().add_(0.3)  # with a penalty of 0.03
+    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)
     b = x.new_zeros(len(v), requires_grad=True)
@@ -509,13 +509,13 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
+    """The central square; above 64 pixels, 7/8 of its side (SimCLR's released code: above 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def teacher_verdict(verdict, run, K):
-    """The verdict on z, with the teacher's entropy and KL in the last epoch: where KL is 0 nothing
-    is learned, and the entropy tells the two collapses apart (paper, Section 5.3)."""
+    """The verdict on z, with the teacher's entropy and KL in the last epoch: if KL is 0, nothing
+    is learned, and the entropy shows which of two collapses it is (paper, Section 5.3)."""
     if not run.rows or ":" not in verdict:
         return verdict
     entropy, kl = (run.rows[-1][k] / math.log(K) for k in ("entropy", "kl"))
@@ -528,10 +528,10 @@ def teacher_verdict(verdict, run, K):
 
 
 def evaluate(net, data, args, run, test=False):
-    """Is z healthy, and how well do h and z tell the classes apart?
+    """Is z healthy, and how well do h and z separate the classes?
 
-    On validation images; with test on the test images, beside two baselines: h of the untrained
-    network, and raw pixels.
+    On validation images. With test, the accuracies are on the test images, next to those of two
+    baselines: h of the untrained network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)
@@ -624,7 +624,7 @@ def resample(pos_embed, height, width):
     """Resize position embeddings (1, 1 + T, D) of a square grid to height x width patches.
 
     The released code's formula: bicubic, with 0.1 added to height and width. Embeddings of a grid
-    that is not square are returned as they are.
+    that is not square are returned unchanged.
     """
     patches = pos_embed.shape[1] - 1
     side = math.isqrt(patches)
@@ -639,7 +639,7 @@ def resample(pos_embed, height, width):
 class ViT(nn.Module):
     """Vision transformer: (N, 3, H, W) -> (N, 1 + T, D) after the final norm, class token first.
 
-    Names and shapes of timm and of the released weights. H, W: any multiples of the patch size.
+    Parameters are named and shaped as in timm and the released weights. H, W: any multiples of P.
     """
 
     def __init__(self, dim, depth, heads, patch_size=16, image_size=224, drop_path=0.0):
@@ -657,8 +657,8 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def tokens(self, patches):
-        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + T, D), class token first, all with their
-        positions."""
+        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + T, D), class token first, positions
+        added."""
         positions = resample(self.pos_embed, *patches.shape[2:])
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).mT], 1)
         return x + positions
@@ -675,8 +675,8 @@ class ViT(nn.Module):
 
 def conv_stem(dim, patch_size):
     """(N, 3, H, W) -> (N, dim, H / P, W / P): 3x3 convolutions of stride 2, each twice as wide as
-    the one before, and one of 1x1, where a ViT has one linear layer (Xiao et al. 2021). P: a power
-    of 2."""
+    the one before, and a 1x1 convolution, in place of a ViT's one linear layer (Xiao et al. 2021).
+    P: a power of 2."""
     layers, inputs = [], 3
     while patch_size > 1:
         patch_size //= 2
@@ -698,15 +698,15 @@ def init_linear(m):
 
 @torch.no_grad()
 def start_with_sines(vit):
-    """Position embeddings that start as sines and cosines of row and column, in waves from two
-    grids to two patches long, and linear layers of the blocks by Xavier's rule.
+    """Initialise position embeddings as sines and cosines of row and column, with wavelengths from
+    two grids to two patches, and the linear layers of the blocks by Xavier's rule.
 
     Our own choice, after MoCo v3, whose sines are fixed and have other wavelengths: with the
-    released start, a deviation of 0.02, patches of a narrow ViT outweigh their positions.
+    released initialisation (deviation 0.02) the patches of a narrow ViT drown their positions.
     Test: test_start_with_sines.
     """
     side = math.isqrt(vit.pos_embed.shape[1] - 1)
-    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
+    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians per patch
     angles = torch.arange(side).outer(waves)
     line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim / 2)
     vit.pos_embed[0, 1:] = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
@@ -721,7 +721,7 @@ vit_base = functools.partial(ViT, *VITS["vit_base"])
 
 
 def fit_positions(weights, net):
-    """Resample the position embeddings among weights, in place, to the grid of net."""
+    """Resample the position embeddings in weights, in place, to the grid of net."""
     name = "backbone.pos_embed"
     if name in weights and name in net.state_dict():
         side = math.isqrt(net.backbone.pos_embed.shape[1] - 1)

@@ -2,10 +2,10 @@
 Oquab, Darcet, Moutakanni, Vo, ..., Joulin, Bojanowski, 2023, https://arxiv.org/abs/2304.07193
 Slides: "Contrastive Learning: DINOv2: Learning Robust Visual Features without Supervision".
 
-iBOT, made to scale: after a reproduction the table of the slides goes from one to the other in ten
+iBOT, made to scale: the table of the slides goes from a reproduction of iBOT to DINOv2 in ten
 steps, and each is an option here. The teacher's outputs are balanced over the K prototypes by
 Sinkhorn-Knopp instead of a centre, class tokens of a batch are pushed apart (KoLeo), and class and
-patch tokens have heads of their own.
+patch tokens have separate heads.
 
     row of the table                  option
     LayerScale, stochastic depth      --layer-scale 1e-5 --drop-path 0.3
@@ -16,7 +16,7 @@ patch tokens have heads of their own.
     teacher momentum 0.994            --m 0.994
     tweak warm-up schedules           --warmup, --tau-t-warmup
     batch size 3k                     --batch-size 3072
-    Sinkhorn-Knopp                    --centering sinkhorn (the other: ema)
+    Sinkhorn-Knopp                    --centering sinkhorn (before: ema)
     untying heads = DINOv2            --no-tied-heads
 
 One step for a batch of N images:
@@ -37,34 +37,34 @@ in all; h (V N, d) class tokens of V views; z (V N, 256) unit vectors before the
 tau_s, tau_t temperatures. net is g_s, net_ema is g_t, which is kept.
 
 Where this file departs from the paper and the released code:
-  - Blur: the calls in the released code have the probabilities of DINO (1, 0.1, 0.5 in u, v, local
-    views), but it takes 1 - p, and its networks were trained with 0, 0.9, 0.5 (the paper names
-    none). So are ours; --blur has the others.
-  - KoLeo is of both global views, each by itself, as in the released code (paper: of the first).
-    Neither compares images of two GPUs.
-  - A hidden patch weighs 1 / (hidden patches of its view), divided by all 2N views, also those
-    without a mask, as in the released code (paper: the sum). The masks are stratified over the
-    batch of all GPUs (released code: of each, with a whole number of patches to hide).
-  - Gradients are cut to length 3 for backbone and heads separately, as in the released code.
-  - Warm-ups are shares of the run, and the rate goes from above 0 to 0 (released code: from 0 to
-    1e-6). All layers have one rate (released code: 0.2 of it for patch_embed, and 0.9 a layer in
-    the recipe of 100 epochs). In short runs m starts lower.
+  - Blur: the released code asks for DINO's probabilities (1, 0.1, 0.5 in u, v, local views) but
+    then applies 1 - p, so its networks were trained with 0, 0.9, 0.5 (the paper names none). So
+    are ours; --blur can set DINO's.
+  - KoLeo is computed for both global views, separately, as in the released code (paper: for the
+    first). Neither code compares images on different GPUs.
+  - A hidden patch has the weight 1 / (hidden patches of its view), divided by the number of views,
+    2N, including those without a mask, as in the released code (paper: the sum). The masks are
+    stratified over the batch of all GPUs (released code: per GPU, with whole numbers of patches).
+  - Gradients are clipped to norm 3, separately for backbone and heads, as in the released code.
+  - Warm-ups are shares of the run, and the rate starts above 0 and ends at 0 (released code: 0 and
+    1e-6). All layers have the same rate (released code: 0.2 of it for patch_embed, and in the
+    recipe of 100 epochs a decay of 0.9 per layer). In short runs m starts lower.
   - Both heads have a bottleneck of 256 (released ViT-L: 384 for class tokens). Without local views
     the class term is the mean over two pairs (released code: 2/3 of it). With --centering ema the
-    centre of the patches is that of all GPUs together (released code: a mean of their means).
-  - The last --hires-epochs go on with the schedules, and positions are resampled in every step
-    (paper: 10k iterations more, the schedules compressed into them, at a lower rate; no code is
-    released). Sets in memory hold at most three times --image-size; the built-in one is made
-    at --image-size.
-  - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
-    tenth of the view wide (released code: 9 pixels).
-  - Small images are not blurred. Narrow ViTs start with sines (start_with_sines). The linear probe
-    is fitted by L-BFGS on central crops (paper: SGD, a grid of rates and layers).
-  - The defaults for larger images have optimiser and views of the released recipe of 100 epochs (a
-    ViT-L/16 with one head and a centre), for a ViT-S/14 with Sinkhorn and two heads. The built-in
-    set, made for a CPU, has no local views, few prototypes K, a colder teacher, an m that does not
-    rise, LayerScale from 1, and a small ViT that begins with convolutions (Xiao et al. 2021). They
-    see 7 pixels to the left of a patch and above it, so a hidden patch shows in three neighbours.
+    patches' centre is their mean over all GPUs (released code: the mean of each GPU's mean).
+  - The last --hires-epochs continue the schedules, and positions are resampled in every step
+    (paper: 10k more iterations, with the schedules compressed into them, at a lower rate; no code
+    is released). Images from files are kept at up to three times --image-size, built-in ones are
+    made at --image-size.
+  - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
+    cut off at a tenth of the view's width (released code: at 9 pixels).
+  - Small images are not blurred. Narrow ViTs start with sinusoidal positions (start_with_sines).
+    The linear probe is fitted by L-BFGS on central crops (paper: SGD, a grid of rates and layers).
+  - The defaults for larger images take optimiser and views from the released recipe of 100 epochs
+    (a ViT-L/16 with one head and a centre), for a ViT-S/14 with Sinkhorn and two heads. The recipe
+    for the built-in set, sized for a CPU, has no local views, few prototypes K, a colder teacher, a
+    constant m, LayerScale from 1, and a small ViT that begins with convolutions (Xiao et al. 2021).
+    These see 7 pixels left of a patch and above it, so a hidden patch leaks into three neighbours.
 
     python dinov2.py    75 s on 2 CPU cores; mean of three seeds: 86.8 % linear, 81.3 % k-NN; the
                         untrained network has 32.1 and 21.5 %, raw pixels have 27.0 and 38.2 %
@@ -87,7 +87,7 @@ from common import FLAG, FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, SWITCH
 # ==================================================================================================
 
 VITS = {  # width, depth, heads, feed-forward network of the released ones
-    "vit_conv": (96, 2, 3, "mlp"),  # behind convolutions
+    "vit_conv": (96, 2, 3, "mlp"),  # after a stem of convolutions
     "vit_nano": (128, 3, 4, "mlp"),
     "vit_tiny": (192, 12, 3, "mlp"),
     "vit_small": (384, 12, 6, "mlp"),
@@ -108,22 +108,22 @@ def released(args, n):
 
 
 def local_side(args, n):
-    """Side of a local view: 98 pixels where the image has 224, in whole patches."""
+    """Side of a local view: 98 pixels if a global one has 224, rounded to whole patches."""
     return args.patch_size * max(1, round(args.image_size * 3 / 7 / args.patch_size))
 
 
 def m_to_994(args, n):
-    """m of a run on n images: a half-life of at most a twentieth of its steps, 0.9 to 0.994."""
+    """Initial m for n images: a half-life of a twentieth of the steps, with m from 0.9 to 0.994."""
     return min(0.994, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
 
 def m_to_992(args, n):
-    """The same, at most 0.992: that of the released recipe of 100 epochs."""
+    """The same, but at most 0.992, the m of the released recipe of 100 epochs."""
     return min(0.992, m_to_994(args, n))
 
 
 def constant(args, n):
-    """m at the end: as at the start. A teacher that stops following slows a short run down."""
+    """m at the end: as at the start, because an m that rises to 1 makes a short run learn less."""
     return args.m
 
 
@@ -135,7 +135,7 @@ OPTIONS = {  # fmt: skip
     "patch_size":             (8,          4,          14,         FROM_1,   "P, pixels"),
     "ffn":                    (released,   released,   released,   "mlp|swiglu", "feed-forward"),
     "layer_scale":            (1.0,        1e-5,       1e-5,       POSITIVE, "gamma at the start"),
-    "drop_path":              (0.0,        0.1,        0.3,        DROP,     "share left out"),
+    "drop_path":              (0.0,        0.1,        0.3,        DROP,     "stochastic depth"),
     "registers":              (0,          0,          0,          FROM_0,   "R (Darcet 2023: 4)"),
     "checkpoint_activations": (False,      False,      False,      FLAG,     "less memory"),
     "out_dim":                (128,        4096,       65536,      FROM_2,   "K, prototypes"),
@@ -146,10 +146,10 @@ OPTIONS = {  # fmt: skip
     "tau_s":                  (0.1,        0.1,        0.1,        POSITIVE, "of the student"),
     "tau_t":                  (0.01,       0.07,       0.07,       POSITIVE, "of the teacher"),
     "tau_t_warmup":           (0.3,        0.3,        0.3,        SHARE,    "rise from 0.04"),
-    "center_m":               (0.9,        0.9,        0.9,        SHARE,    "of ema's centres"),
+    "center_m":               (0.9,        0.9,        0.9,        SHARE,    "for --centering ema"),
     "mask_ratio":             ((0.1, 0.5), (0.1, 0.5), (0.1, 0.5), PAIR,     "hidden: from, to"),
     "mask_crops":             (0.5,        0.5,        0.5,        SHARE,    "views with a mask"),
-    "random_masks":           (False,      False,      False,      FLAG,     "patches one by one"),
+    "random_masks":           (False,      False,      False,      FLAG,     "patches, not blocks"),
     "no_token_loss":          (False,      False,      False,      FLAG,     "no L_iBOT"),
     "no_class_loss":          (False,      False,      False,      FLAG,     "no L_DINO"),
     "image_size":             (32,         32,         224,        PIXELS,   "of a global view"),
@@ -157,12 +157,12 @@ OPTIONS = {  # fmt: skip
     "local_crops":            (0,          6,          8,          FROM_0,   "L"),
     "global_scale":           (0.5,        0.4,        0.32,       SHARE,    "least area, global"),
     "local_scale":            (0.2,        0.1,        0.05,       SHARE,    "least area, local"),
-    "blur":                   (NO_BLUR,    NO_BLUR,    (0.0, 0.9, 0.5), SHARES,   "in u, v, local"),
-    "solarize":               (0.0,        0.2,        0.2,        SHARE,    "in v"),
+    "blur":                   (NO_BLUR,    NO_BLUR,    (0.0, 0.9, 0.5), SHARES, "p in u, v, local"),
+    "solarize":               (0.0,        0.2,        0.2,        SHARE,    "probability in v"),
     "epochs":                 (12,         200,        100,        FROM_1,   "passes over the set"),
     "batch_size":             (64,         512,        256,        FROM_2,   "N (paper: 3072)"),
     "hires_epochs":           (0,          0,          0,          FROM_0,   "with larger views"),
-    "hires_size":             (48,         48,         518,        PIXELS,   "their side"),
+    "hires_size":             (48,         48,         518,        PIXELS,   "side of those views"),
     "lr":                     (6e-3,       1e-3,       4e-3,       POSITIVE, "x sqrt(N / 1024)"),
     "warmup":                 (0.1,        0.1,        0.1,        SHARE,    "share of steps"),
     "weight_decay":           (0.04,       0.04,       0.04,       SHARE,    "at the start"),
@@ -171,9 +171,9 @@ OPTIONS = {  # fmt: skip
     "freeze_last_layer":      (1,          1,          1,          FROM_0,   "epochs at the start"),
     "m":                      (m_to_994,   m_to_994,   m_to_992,   SHARE,    "EMA, at the start"),
     "m_end":                  (constant,   1.0,        1.0,        SHARE,    "EMA, at the end"),
-    "branch":                 ("teacher",  "teacher",  "teacher",  "teacher|student", "of a file"),
+    "branch":                 ("teacher",  "teacher",  "teacher",  "teacher|student", "to load"),
 }
-# Without a GPU images up to 64 pixels have the first column, except for:
+# Without a GPU, images up to 64 pixels use the first column, except for:
 CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 4,
        "koleo": 0.02, "epochs": common.hour(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2}
 
@@ -183,7 +183,7 @@ CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 
 
 
 def crops(args, size=None):
-    """Multi-crop: two global and L local crops of every image. size: of the global ones."""
+    """Multi-crop: two global and L local crops of every image. size: side of a global one."""
     ratio, s = (3 / 4, 4 / 3), args.global_scale
     views = [common.Crop(size or args.image_size, (s, 1.0), ratio, count=2)]
     if args.local_crops:
@@ -192,7 +192,7 @@ def crops(args, size=None):
 
 
 def augment(views, args):
-    """Flip, colour jitter, grey, blur, solarization as in BYOL; every image has its own draws.
+    """Flip, colour jitter, grey, blur, solarization as in BYOL, drawn separately for every image.
 
     views: list of (N, 3, S, S) in [0, 1], two global ones, then the local ones -> the same.
     """
@@ -213,24 +213,24 @@ def augment(views, args):
 
 
 def block_mask(height, width, ratio, generator, least=None, own=...):
-    """Hide rectangles, at most this share of the patches -> (height, width) bool.
+    """Hide rectangles that cover at most a share `ratio` of the patches -> (height, width) bool.
 
     The area of each is uniform between `least` and the number that may still be hidden, its aspect
-    log-uniform. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1,
-    whose aspect is uniform). least: 4 there and here, else iBOT's third of the shorter side,
-    squared. ratio: a number, or a tensor (...) with one for each mask -> (..., height, width); own:
-    index of those that are made. Test: test_block_mask.
+    log-uniform. It ends when ten in a row do not fit (released code, after BEiT's Algorithm 1,
+    whose aspect is uniform). least: 4 in the released code and in stratified_masks; by default, as
+    in iBOT, a third of the shorter side, squared. ratio: a number, or a tensor (...) with one for
+    each mask -> (..., height, width); own: index of the masks to make. Test: test_block_mask.
     """
     third = min(height, width) // 3
     least = least or third**2
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     made = ratio[own]
     left = made.reshape(-1, 1, 1) * height * width  # patches that may still be hidden
-    failed = torch.zeros_like(left)  # attempts in a row
+    failed = torch.zeros_like(left)  # failed attempts in a row
     mask = torch.zeros(len(left), height, width, dtype=torch.bool)
     rows = torch.arange(height).unsqueeze(1)
     columns = torch.arange(width)
-    while len(i := torch.where((left >= 1) & (failed < 10))[0]):  # masks that are not done
+    while len(i := torch.where((left >= 1) & (failed < 10))[0]):  # masks not yet complete
         numbers = torch.rand(*ratio.shape, 4, generator=generator)
         numbers = numbers[own].double().reshape(-1, 4, 1, 1)
         a, b, c, d = numbers[i].unbind(1)  # (n, 1, 1) each
@@ -257,7 +257,7 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
 
 
 def random_mask(height, width, ratio, generator, own=...):
-    """The same share of the patches one by one ("rand" in iBOT's released code)."""
+    """Hide the same share of patches at random, not in blocks ("rand" in iBOT's released code)."""
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     patches = height * width
     numbers = torch.rand(*ratio.shape, patches, generator=generator)
@@ -268,14 +268,14 @@ def random_mask(height, width, ratio, generator, own=...):
 
 
 def stratified_masks(step, side, args, run):
-    """Masks for the global views of the n images of this process, of the first view of each, then
-    of the second: (2n, side, side) bool, the places (M,) of hidden patches in masks.flatten(), and
-    what each of these weighs: 1 / (hidden patches of its view x 2n). Test: test_masks.
+    """Masks for the global views of this process's n images, all first views, then all second ones:
+    (2n, side, side) bool, the indices (M,) of hidden patches in masks.flatten(), and the weight of
+    each of these patches: 1 / (hidden patches of its view x 2n). Test: test_masks.
 
-    Of all 2N views the share --mask-crops is to have one (on 4 x 4 patches no block fits in 6 of a
-    hundred); the i-th of them, in a random order, at a ratio from the i-th of equal parts of
-    --mask-ratio (released code). Numbers are drawn for the whole batch: with any number of
-    processes an image has the same masks.
+    A share --mask-crops of all 2N views gets a mask (on 4 x 4 patches, 6 in a hundred of these stay
+    empty, as no block fits). In random order, the i-th of them draws its ratio from the i-th of
+    equal parts of --mask-ratio (released code). Numbers are drawn for the whole batch, so an image
+    has the same masks with any number of processes.
     """
     N = args.batch_size
     low, high = args.mask_ratio
@@ -299,7 +299,7 @@ def stratified_masks(step, side, args, run):
     weights = (1 / counts / len(masks)).repeat_interleave(counts)
     masks, hidden, weights = (
         common.to_device(x, run.device) for x in (masks, hidden, weights))
-    if args.compile:  # M differs: else the second step would compile all again
+    if args.compile:  # M varies: without this the second step would recompile
         torch._dynamo.maybe_mark_dynamic(hidden, 0)
     return [masks, hidden, weights]
 
@@ -308,7 +308,7 @@ def stratified_masks(step, side, args, run):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for the input
 
 
 class WeightNorm(nn.Module):
@@ -342,11 +342,11 @@ class MLPHead(nn.Module):
 
 class DINOv2(nn.Module):
     """Backbone and heads: V views (N, 3, S, S) in [0, 1] -> h (V N, d), z (V N, 256), s (V N, K) of
-    class tokens and, with hidden, s' (M, K) of the global views' patches there.
+    class tokens and, given hidden, s' (M, K) of those patches of the global views.
 
-    The two global views come first and go through the backbone together, so do the local ones.
-    masks: (2N, S / P, S / P) bool, of the global views; mask_token takes the place of a patch.
-    hidden: (M,), places in masks.flatten().
+    The two global views come first and go through the backbone together, as do the local ones.
+    masks: (2N, S / P, S / P) bool, of the global views; mask_token replaces a hidden patch.
+    hidden: (M,), indices of hidden patches in masks.flatten().
     """
 
     def __init__(self, backbone, out_dim=65536, hidden=2048, tied=False):
@@ -378,7 +378,7 @@ class DINOv2(nn.Module):
 
 
 def build(args, drop_path=0.0):
-    """The untrained network, the same for the same seed."""
+    """The untrained network, determined by args.seed."""
     torch.manual_seed(args.seed)
     dim, depth, heads, _ = VITS[args.arch]
     backbone = RegisterViT(
@@ -403,10 +403,10 @@ def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
         Q_nk <- Q_nk / sum_n Q_nk        every prototype gets the same share of all rows
         Q_nk <- Q_nk / sum_k Q_nk        every row is a distribution
 
-    logits: (n, K) -> (n, K), rows sum to 1. In logarithms, finite for any finite logits. gather:
-    (1, K) -> (world, K), for sums over n of all processes. Test: test_sinkhorn_equation.
+    logits: (n, K) -> (n, K), rows sum to 1. Uses logarithms, so finite for finite logits. gather:
+    (1, K) -> (world, K), for sums over the rows of all processes. Test: test_sinkhorn_equation.
     """
-    Q = logits.detach() / tau  # (n, K), the logarithm of it
+    Q = logits.detach() / tau  # (n, K), log Q
     for _ in range(iterations):
         columns = Q.logsumexp(0, keepdim=True)  # (1, K)
         Q -= gather(columns).logsumexp(0, keepdim=True) if gather else columns
@@ -415,8 +415,8 @@ def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
 
 
 def targets(t, center, tau_t, centering, gather=None):
-    """What the student has to predict from the teacher's raw outputs: by Sinkhorn-Knopp or, with
-    the centre of the steps before, softmax((t - C) / tau_t) as in DINO (paper, Section 4).
+    """Turn the teacher's raw outputs into the student's targets: by Sinkhorn-Knopp or, with the
+    centre from earlier steps, softmax((t - C) / tau_t) as in DINO (paper, Section 4).
 
     t: (n, K), center: (1, K) -> (n, K). No gradient to t. Test: test_targets.
     """
@@ -426,17 +426,17 @@ def targets(t, center, tau_t, centering, gather=None):
 
 
 def distillation(s, q, tau_s):
-    """-sum_k q_k log softmax(s / tau_s)_k of rows (paper, Section 4, L_DINO and L_iBOT).
+    """-sum_k q_k log softmax(s / tau_s)_k of each row (paper, Section 4, L_DINO and L_iBOT).
 
-    s: (n, K) raw outputs, q: (n, K), rows sum to 1 -> (n,). No gradient to q; the logarithm of s is
-    never written out. Test: test_distillation_equation.
+    s: (n, K) raw outputs, q: (n, K), rows sum to 1 -> (n,). No gradient to q; the log softmax is
+    never stored. Test: test_distillation_equation.
     """
     s = s / tau_s
     return s.logsumexp(1) - torch.linalg.vecdot(q.detach(), s, dim=1)
 
 
 def class_loss(student, targets, tau_s):
-    """L_DINO: mean over all pairs of different views of the mean over images (paper, Section 4).
+    """L_DINO: mean cross-entropy over images and all pairs of different views (paper, Section 4).
 
     student: list of (N, K), one for each view; targets: two or more (N, K) for the first of them,
     rows sum to 1 -> scalar. Test: test_class_loss_equation.
@@ -453,7 +453,7 @@ def class_loss(student, targets, tau_s):
 def masked_loss(s, targets, weights, tau_s):
     """L_iBOT: the sum over all hidden patches of weights times cross-entropy (paper, Section 4).
 
-    s, targets: (M, K), weights: (M,), as of stratified_masks -> scalar.
+    s, targets: (M, K), weights: (M,), from stratified_masks -> scalar.
     Test: test_masked_loss_equation.
     """
     return (weights * distillation(s, targets, tau_s)).sum()
@@ -464,7 +464,7 @@ def koleo(x):
 
         -1/n sum_i log d_i,   d_i = min_{j != i} |x_i / |x_i| - x_j / |x_j||
 
-    x: (n, D) -> scalar. 1e-8 is the released code's, in d and in its logarithm.
+    x: (n, D) -> scalar. The 1e-8 in d and in its logarithm is the released code's.
     Test: test_koleo_equation.
     """
     x = F.normalize(x, eps=1e-8)
@@ -497,7 +497,7 @@ def ema_update(net_ema, net, m):
 
 
 def update_center(center, teacher, m):
-    """C <- m C + (1 - m) mean of t (DINO, equation 4), of raw outputs.
+    """C <- m C + (1 - m) mean of the raw outputs t (DINO, equation 4).
 
     center: (1, K), teacher: (n, K), or its mean over all processes (1, K) -> (1, K).
     Test: test_center.
@@ -506,7 +506,7 @@ def update_center(center, teacher, m):
 
 
 def mean_of_all(x, run):
-    """Mean of the rows (n, K) of all processes, which have different numbers of them -> (1, K)."""
+    """Mean of the rows (n, K) of all processes, where n differs between processes -> (1, K)."""
     sums = run.mean(F.pad(x.sum(0), (0, 1), value=len(x)))  # their sum and number
     return (sums[:-1] / sums[-1].clamp(min=1)).view(1, -1)
 
@@ -529,22 +529,22 @@ def cosine(step, steps, start, end):
 
 
 def tau_at(step, steps, tau_t, warmup):
-    """The teacher's temperature: from 0.04 linearly to tau_t over the first part of the run, the
-    share `warmup`; tau_t throughout where it is under 0.04. Test: test_tau_at.
+    """The teacher's temperature: it rises linearly from 0.04 to tau_t over the first `warmup` (a
+    share) of the run. A tau_t below 0.04 is used throughout. Test: test_tau_at.
     """
     share = min(1.0, step / (warmup * steps)) if warmup else 1.0
     return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
 
 
 def clip_modules(net, length):
-    """Cut the gradients of backbone and heads to this length, each of them by itself, as the
+    """Clip the gradients of the backbone and of each head to this norm, separately, as the
     released code does. Test: test_clip_modules."""
     for module in net.children():
         nn.utils.clip_grad_norm_(module.parameters(), length)
 
 
 def check(args, steps):
-    """Before hours are spent, say what cannot work or is known to go wrong."""
+    """Reject options that cannot work and warn of bad ones, before hours are spent on them."""
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
@@ -562,14 +562,14 @@ def check(args, steps):
     if args.no_class_loss and args.no_token_loss and not args.koleo:
         common.fail("--no-class-loss, --no-token-loss and --koleo 0 leave nothing to learn")
     if (args.image_size // args.patch_size) ** 2 * max(args.mask_ratio) < 1:
-        common.fail("--mask-ratio hides none of so few patches: raise it or --image-size")
+        common.fail("--mask-ratio hides none of the few patches: raise it or --image-size")
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if min(sizes) // args.patch_size < 4 and not args.random_masks:
-        print("warning: blocks hardly fit in fewer than 4 x 4 patches: lower --patch-size, or take "
+        print("warning: blocks hardly fit in fewer than 4 x 4 patches: lower --patch-size, or use "
               "--random-masks")
     if args.image_size % args.patch_size:
-        print("warning: --image-size is no multiple of --patch-size, a rest is cut off")
+        print("warning: --image-size is not a multiple of --patch-size, the remainder is cut off")
     if args.local_crops and args.local_size >= args.image_size:
         print("warning: local views are not smaller than global ones, lower --local-size")
 
@@ -593,7 +593,7 @@ def train(args, run):
     net_ema.load_state_dict(net.state_dict())
     net = run.place(net)
     net_ema = run.place(net_ema)
-    net_ema.requires_grad_(False)  # stop-gradient: the teacher only follows, by moving average
+    net_ema.requires_grad_(False)  # stop-gradient: the teacher is only a moving average
     centers = torch.zeros(2, 1, args.out_dim, device=run.device)  # of class and patch tokens
     center_m = args.center_m if args.centering == "ema" else 1.0  # with 1 they stay 0
     torch._dynamo.config.automatic_dynamic_shapes = False  # as checkpoint fails with them
@@ -614,9 +614,9 @@ def train(args, run):
     undo = common.Undo(net, net_ema, centers)  # puts back centres, batch norm after a skipped step
     cls_weight = 0.0 if args.no_class_loss else 1.0
     patch_weight = 0.0 if args.no_token_loss else 1.0
-    even = math.log(args.out_dim)  # of equal prototypes; a view without a mask counts as 0
+    even = math.log(args.out_dim)  # at chance; a view without a mask counts as 0
     equal = -2 * math.log(1e-8 * (1 + math.sqrt(net.backbone.dim)))  # KoLeo of equal tokens
-    run.chance = {  # the values of equal outputs; KoLeo begins below
+    run.chance = {  # the values if all outputs are equal; KoLeo begins below
         "loss": even * (cls_weight + patch_weight * args.mask_crops) + args.koleo * equal,
         "cls": even, "patch": even * args.mask_crops, "entropy": even, "kl": 0.0, "koleo": equal}
 
@@ -671,7 +671,7 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
-    refit on fit and val together with that penalty. NaN for features that are not finite.
+    refit with that penalty on fit and val. NaN if fit or val has features that are not finite.
     """
     if not common.finite(fit, val):
         return math.nan
@@ -684,17 +684,17 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, strong to weak.
+    """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
-    x is standardised, penalties are for ten classes. A fit starts from the one before. L-BFGS works
-    on v, where w = v P: P makes the loss about equally curved in all directions, which takes less
-    than half of the steps.
+    x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
+    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
+    in all directions, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
-    hessian.diagonal().add_(0.3)  # with a penalty of 0.03
+    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)
     b = x.new_zeros(len(v), requires_grad=True)
@@ -727,13 +727,13 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
+    """The central square; above 64 pixels, 7/8 of its side (SimCLR's released code: above 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def teacher_verdict(verdict, run, K):
-    """The verdict on z, with the teacher's entropy and KL in the last epoch: where KL is 0 nothing
-    is learned, and the entropy tells the two collapses apart (DINO, Section 5.3)."""
+    """The verdict on z, with the teacher's entropy and KL in the last epoch: if KL is 0, nothing
+    is learned, and the entropy shows which of two collapses it is (DINO, Section 5.3)."""
     if not run.rows or ":" not in verdict:
         return verdict
     entropy, kl = (run.rows[-1][k] / math.log(K) for k in ("entropy", "kl"))
@@ -746,10 +746,10 @@ def teacher_verdict(verdict, run, K):
 
 
 def evaluate(net, data, args, run, test=False):
-    """Is z healthy, and how well do h and z tell the classes apart?
+    """Is z healthy, and how well do h and z separate the classes?
 
-    On validation images; with test on the test images, beside two baselines: h of the untrained
-    network, and raw pixels.
+    On validation images. With test, the accuracies are on the test images, next to those of two
+    baselines: h of the untrained network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)
@@ -821,7 +821,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """x gamma, gamma (D,) learned (Touvron et al. 2021)."""
+    """x * gamma with a learned gamma (D,) (Touvron et al. 2021)."""
 
     def __init__(self, dim, gamma):
         super().__init__()
@@ -832,7 +832,7 @@ class LayerScale(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(w1 x) w2 x) (Shazeer 2020), w1 and w2 in one; width as in the released code."""
+    """w3(silu(w1 x) w2 x) (Shazeer 2020), w1 and w2 in one layer; width as in the released code."""
 
     def __init__(self, dim):
         super().__init__()
@@ -847,7 +847,7 @@ class SwiGLU(nn.Module):
 
 class ScaledBlock(nn.Module):
     """Pre-norm transformer block with LayerScale: (N, 1 + T, D) -> same. In training each residual
-    branch is computed for a random part of the images alone, without a share of drop_path."""
+    branch is computed only for a random part of the images: a share drop_path is left out."""
 
     def __init__(self, dim, heads, ffn="mlp", layer_scale=1.0, drop_path=0.0):
         super().__init__()
@@ -878,10 +878,10 @@ class ScaledBlock(nn.Module):
 
 
 def resized(pos_embed, height, width, registers):
-    """Position embeddings (1, 1 + T, D) of a square grid for one of height x width patches.
+    """Resize position embeddings (1, 1 + T, D) of a square grid to height x width patches.
 
-    Bicubic, as in the released networks. With registers: to a size, with antialiasing; without: by
-    a factor, 0.1 added to the size. A pos_embed that is no square grid stays as it is.
+    Bicubic, as in the released networks: with registers to a size, with antialiasing; without them
+    by a factor, with 0.1 added to height and width. Other grids are returned unchanged.
     """
     patches = pos_embed.shape[1] - 1
     side = math.isqrt(patches)
@@ -900,7 +900,7 @@ class RegisterViT(nn.Module):
     """Vision transformer: (N, 3, H, W) -> (N, 1 + R + T, D) after the final norm: class token, R
     registers (Darcet et al. 2023), patches.
 
-    Names and shapes of the released weights. H, W: any multiples of the patch size.
+    Parameters are named and shaped as in the released weights. H, W: any multiples of P.
     """
 
     def __init__(self, dim, depth, heads, ffn="mlp", patch_size=14, image_size=518, registers=0,
@@ -924,8 +924,8 @@ class RegisterViT(nn.Module):
         self.apply(init_linear)
 
     def tokens(self, patches):
-        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + R + T, D): class token, registers, which
-        have no position, patches."""
+        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + R + T, D): class token, registers
+        (without positions), patches."""
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).mT], 1)
         x = x + resized(self.pos_embed, *patches.shape[2:], self.registers)
         if self.registers:
@@ -947,8 +947,8 @@ class RegisterViT(nn.Module):
 
 def conv_stem(dim, patch_size):
     """(N, 3, H, W) -> (N, dim, H / P, W / P): 3x3 convolutions of stride 2, each twice as wide as
-    the one before, and one of 1x1, where a ViT has one linear layer (Xiao et al. 2021). P: a power
-    of 2."""
+    the one before, and a 1x1 convolution, in place of a ViT's one linear layer (Xiao et al. 2021).
+    P: a power of 2."""
     layers, inputs = [], 3
     while patch_size > 1:
         patch_size //= 2
@@ -970,15 +970,15 @@ def init_linear(m):
 
 @torch.no_grad()
 def start_with_sines(vit):
-    """Position embeddings that start as sines and cosines of row and column, in waves from two
-    grids to two patches long, and linear layers of the blocks by Xavier's rule.
+    """Initialise position embeddings as sines and cosines of row and column, with wavelengths from
+    two grids to two patches, and the linear layers of the blocks by Xavier's rule.
 
     Our own choice, after MoCo v3, whose sines are fixed and have other wavelengths: with the
-    released start, a deviation of 0.02, patches of a narrow ViT outweigh their positions.
+    released initialisation (deviation 0.02) the patches of a narrow ViT drown their positions.
     Test: test_start_with_sines.
     """
     side = math.isqrt(vit.pos_embed.shape[1] - 1)
-    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
+    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians per patch
     angles = torch.arange(side).outer(waves)
     line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim / 2)
     vit.pos_embed[0, 1:] = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
@@ -994,7 +994,7 @@ vit_giant = functools.partial(RegisterViT, *VITS["vit_giant"])
 
 
 def fit_tokens(weights, net):
-    """Position embeddings of a file, resampled to the grid of net; a mask token, if it has none."""
+    """Resample a file's position embeddings to the grid of net; add a mask token if it has none."""
     weights.setdefault("backbone.mask_token", net.backbone.mask_token)
     name = "backbone.pos_embed"
     if name in weights:

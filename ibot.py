@@ -4,7 +4,7 @@ Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iB
 
 DINO with a puzzle: blocks of patches are hidden from the student. Besides predicting what the
 teacher makes of the whole image, it has to predict what the teacher, which sees every patch, makes
-of each hidden one. So the teacher is the tokenizer that BERT needs, and it is learned on the way.
+of each hidden one. So the teacher is the tokenizer that BERT needs, learned along the way.
 
 Algorithm 1 of the paper with multi-crop, for a batch of N images:
     u, v, ... = augment(x)          2 global and L smaller local views      crops, augment
@@ -23,27 +23,27 @@ for the class token of a view; s', t' (N, T, K) for its T patches; C (1, K), C' 
 tau_s, tau_t, tau_t' temperatures; m momentum. net is g_s, net_ema is g_t, which is kept.
 
 Where this file departs from the paper and the released code:
-  - Every global view is masked by itself, as in the released code (paper: both views of an image).
-    A view without a mask counts as 0 in L_MIM, as there.
+  - Masks are drawn for each global view on its own, as in the released code (paper: for both views
+    of an image). A view without a mask counts as 0 in L_MIM, as in the released code.
   - Class and patch tokens share the head, as in the paper and the released runs (default of the
-    released code: only the teacher's do). The length of the last layer's rows is trained, as in its
-    commands for ViT-S and Swin-T (default of the released code: fixed).
-  - Schedules go by steps, those of tau_t and tau_t' too (released code: by epochs). Warm-ups are
-    shares of the run, and the rate goes from above 0 to 0 (released code: from 0 to 1e-6). In short
-    runs m starts lower (released code: 0.996).
-  - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur's kernel is a
-    tenth of the view wide (released code: Pillow's three box blurs, without a limit).
-  - Small images are not blurred. Narrow ViTs start with sines (start_with_sines).
-  - The built-in set, made for a CPU, has batch norm in the head, one for each of two layers, over
-    class tokens and over patches (an option of the released code, which has the same one twice,
-    over both together), few classes K, a colder teacher, a quicker centre, an m that does not rise,
-    no local views, and a small ViT that begins with convolutions (Xiao et al. 2021). They see 7
-    pixels to the left of a patch and above it, so a hidden patch shows in three neighbours; without
-    that it learned less, not more (benchmarks/LOG.md). Half of what its patch classes tell is where
-    a patch is: on this set L_MIM far below chance is no proof of learning.
+    released code: only in the teacher). The length of the last layer's rows is trained, as in the
+    released commands for ViT-S and Swin-T (default of the released code: fixed).
+  - tau_t and tau_t', too, change every step (released code: every epoch). Warm-ups are shares of
+    the run, and the rate starts above 0 and ends at 0 (released code: 0 and 1e-6). In short runs m
+    starts lower (released code: 0.996).
+  - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
+    cut off at a tenth of the view's width (released code: Pillow's three box blurs, not cut off).
+  - Small images are not blurred. Narrow ViTs start with sinusoidal positions (start_with_sines).
+  - The recipe for the built-in set is sized for a CPU: batch norm in the head, one in each of two
+    layers, applied to class tokens and to patches separately (an option of the released code, which
+    uses one in both layers, for both together), few classes K, a colder teacher, a faster centre, a
+    constant m, no local views, and a small ViT that begins with convolutions (Xiao et al. 2021).
+    These see 7 pixels to the left of a patch and above it, so a hidden patch leaks into three
+    neighbours; without the leak it learned less, not more (benchmarks/LOG.md). On this set half of
+    what patch classes encode is position, so L_MIM far below chance does not prove learning.
   - The linear probe is fitted by L-BFGS on central crops (paper: SGD on random ones).
-  - Of the three defaults only the last follows the released code: its ViT-S, for 100 of 800 epochs,
-    with a batch for one GPU.
+  - Only the last of the three columns of OPTIONS follows the released code: its ViT-S, for 100
+    epochs instead of 800, with a batch for one GPU.
 
     python ibot.py      105 s on 2 CPU cores; mean of three seeds: 89.7 % linear, 76.9 % k-NN; the
                         untrained network has 32.1 and 20.9 %, raw pixels have 27.0 and 38.2 %
@@ -64,7 +64,7 @@ from common import FLAG, FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, SWITCH
 # ==================================================================================================
 
 VITS = {  # width, depth, heads
-    "vit_conv": (96, 2, 3),  # behind convolutions
+    "vit_conv": (96, 2, 3),  # after a stem of convolutions
     "vit_nano": (128, 3, 4),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
@@ -79,22 +79,22 @@ SHARES = SHARE | {"nargs": 3}
 
 
 def momentum(args, n):
-    """m at the start: 0.996 (paper), or less on a short run: half-life steps / 20, but m >= 0.9."""
+    """Initial m: 0.996 (paper), or a half-life of steps / 20 in short runs, but at least 0.9."""
     return min(0.996, max(0.9, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
 
 def constant(args, n):
-    """m at the end: as at the start. A teacher that stops following slows a short run down."""
+    """m at the end: as at the start, because an m that rises to 1 makes a short run learn less."""
     return args.m
 
 
 def local_side(args, n):
-    """Side of a local view: 96 pixels where the image has 224, in whole patches."""
+    """Side of a local view: 96 pixels if a global one has 224, rounded to whole patches."""
     return args.patch_size * max(1, round(args.image_size * 3 / 7 / args.patch_size))
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# A function gets (args, number of images). common.py adds --dataset, --seed, --amp and so on.
+# Functions are called with (args, number of images). common.py adds --dataset, --seed and so on.
 OPTIONS = {  # fmt: skip
     # option              built-in    to 64 px    larger       allowed     meaning
     "arch":              ("vit_conv", "vit_tiny", "vit_small", one_of(VITS), "backbone"),
@@ -103,7 +103,7 @@ OPTIONS = {  # fmt: skip
     "out_dim":           (128,        4096,       8192,        FROM_2,     "K"),
     "hidden":            (512,        2048,       2048,        FROM_1,     "width of the head"),
     "head_bn":           (True,       False,      False,       SWITCH,     "batch norm in head"),
-    "separate_heads":    (False,      False,      False,       FLAG,       "2 last layers"),
+    "separate_heads":    (False,      False,      False,       FLAG,       "two last layers"),
     "tau_s":             (0.1,        0.1,        0.1,         POSITIVE,   "of the student"),
     "tau_t":             (0.02,       0.07,       0.07,        POSITIVE,   "teacher's, at the end"),
     "tau_t_patch":       (0.02,       0.07,       0.07,        POSITIVE,   "tau_t', of patches"),
@@ -111,7 +111,7 @@ OPTIONS = {  # fmt: skip
     "center_m":          (0.5,        0.9,        0.9,         SHARE,      "m_C"),
     "mask_ratio":        ((0.1, 0.5), (0.1, 0.5), (0.1, 0.5),  PAIR,       "hidden: from, to"),
     "mask_crops":        (0.5,        0.5,        0.5,         SHARE,      "views with a mask"),
-    "random_masks":      (False,      False,      False,       FLAG,       "patches one by one"),
+    "random_masks":      (False,      False,      False,       FLAG,       "patches, not blocks"),
     "no_token_loss":     (False,      False,      False,       FLAG,       "no L_MIM"),
     "no_class_loss":     (False,      False,      False,       FLAG,       "no L_[CLS]"),
     "image_size":        (32,         32,         224,         PIXELS,     "of a global view"),
@@ -119,8 +119,8 @@ OPTIONS = {  # fmt: skip
     "local_crops":       (0,          6,          10,          FROM_0,     "L"),
     "global_scale":      (0.5,        0.4,        0.25,        SHARE,      "least area, global"),
     "local_scale":       (0.2,        0.1,        0.05,        SHARE,      "least area, local"),
-    "blur":              (NO_BLUR,    NO_BLUR,    BLUR,        SHARES,     "in u, v, local"),
-    "solarize":          (0.0,        0.2,        0.2,         SHARE,      "in v"),
+    "blur":              (NO_BLUR,    NO_BLUR,    BLUR,        SHARES,     "p in u, v, local"),
+    "solarize":          (0.0,        0.2,        0.2,         SHARE,      "probability in v"),
     "epochs":            (12,         200,        100,         FROM_1,     "passes over the set"),
     "batch_size":        (64,         512,        256,         FROM_2,     "N (paper: 1024)"),
     "lr":                (6e-3,       5e-4,       5e-4,        POSITIVE,   "peak, times N / 256"),
@@ -131,9 +131,9 @@ OPTIONS = {  # fmt: skip
     "freeze_last_layer": (1,          1,          1,           FROM_0,     "epochs at the start"),
     "m":                 (momentum,   momentum,   momentum,    SHARE,      "momentum at the start"),
     "m_end":             (constant,   1.0,        1.0,         SHARE,      "momentum at the end"),
-    "branch":            ("teacher",  "teacher",  "teacher",   "teacher|student", "of a file"),
+    "branch":            ("teacher",  "teacher",  "teacher",   "teacher|student", "to load"),
 }
-# Without a GPU images up to 64 pixels have the first column, except for:
+# Without a GPU, images up to 64 pixels use the first column, except for:
 CPU = {"out_dim": 1024, "tau_t": 0.04, "tau_t_patch": 0.04, "local_size": local_side,
        "local_crops": 4, "epochs": common.hour(5e5), "lr": 3e-3, "warmup": 0.2}
 
@@ -153,7 +153,7 @@ def crops(args):
 
 
 def augment(views, args):
-    """Flip, colour jitter, grey, blur, solarization as in BYOL; every image has its own draws.
+    """Flip, colour jitter, grey, blur, solarization as in BYOL, drawn separately for every image.
 
     views: list of (N, 3, S, S) in [0, 1], two global ones, then the local ones -> the same.
     """
@@ -174,12 +174,12 @@ def augment(views, args):
 
 
 def block_mask(height, width, ratio, generator, least=None, own=...):
-    """Hide rectangles, at most this share of the patches -> (height, width) bool.
+    """Hide rectangles that cover at most a share `ratio` of the patches -> (height, width) bool.
 
     The area of each is uniform between `least` and the number that may still be hidden, its aspect
-    log-uniform. Ten in a row that do not fit are the end (released code, after BEiT's Algorithm 1,
+    log-uniform. It ends when ten in a row do not fit (released code, after BEiT's Algorithm 1,
     whose aspect is uniform). least: a third of the shorter side, squared. ratio: a number, or a
-    tensor (...) with one for each mask -> (..., height, width); own: index of those that are made.
+    tensor (...) with one for each mask -> (..., height, width); own: index of the masks to make.
     Test: test_block_mask.
     """
     third = min(height, width) // 3
@@ -187,11 +187,11 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     made = ratio[own]
     left = made.reshape(-1, 1, 1) * height * width  # patches that may still be hidden
-    failed = torch.zeros_like(left)  # attempts in a row
+    failed = torch.zeros_like(left)  # failed attempts in a row
     mask = torch.zeros(len(left), height, width, dtype=torch.bool)
     rows = torch.arange(height).unsqueeze(1)
     columns = torch.arange(width)
-    while len(i := torch.where((left >= 1) & (failed < 10))[0]):  # masks that are not done
+    while len(i := torch.where((left >= 1) & (failed < 10))[0]):  # masks not yet complete
         numbers = torch.rand(*ratio.shape, 4, generator=generator)
         numbers = numbers[own].double().reshape(-1, 4, 1, 1)
         a, b, c, d = numbers[i].unbind(1)  # (n, 1, 1) each
@@ -218,7 +218,7 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
 
 
 def random_mask(height, width, ratio, generator, own=...):
-    """The same share of the patches one by one ("rand" in the released code)."""
+    """Hide the same share of the patches at random, not in blocks ("rand" in the released code)."""
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     patches = height * width
     numbers = torch.rand(*ratio.shape, patches, generator=generator)
@@ -229,11 +229,11 @@ def random_mask(height, width, ratio, generator, own=...):
 
 
 def draw_masks(step, args, run):
-    """Masks for the global views of the n images of this process, of the first view of each, then
-    of the second: (2n, S / P, S / P) bool on the CPU. Test: test_draw_masks.
+    """Masks for the global views of this process's n images, all first views, then all second ones:
+    (2n, S / P, S / P) bool on the CPU. Test: test_draw_masks.
 
-    A view has one with probability --mask-crops, at a ratio from --mask-ratio. Numbers are drawn
-    for the whole batch: with any number of processes an image has the same masks.
+    A view has a mask with probability --mask-crops, its ratio drawn from --mask-ratio. Numbers are
+    drawn for the whole batch, so an image has the same masks with any number of processes.
     """
     generator = torch.Generator().manual_seed(args.seed * 2**20 + step)
     chance, ratio = torch.rand(2, 2, args.batch_size, generator=generator)
@@ -253,7 +253,7 @@ def draw_masks(step, args, run):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for the input
 
 
 class WeightNorm(nn.Module):
@@ -292,8 +292,8 @@ class IBOT(nn.Module):
     """Backbone and head: V views (N, 3, S, S) in [0, 1] -> h (V N, d), z (V N, 256), s (V N, K) of
     class tokens and, with_patches, s' (2N, T, K) of the patches of the global views.
 
-    The two global views come first and go through the backbone together, so do the local ones.
-    masks: (2N, S / P, S / P) bool, of the global views; masked_embed takes the place of a patch.
+    The two global views come first and go through the backbone together, as do the local ones.
+    masks: (2N, S / P, S / P) bool, of the global views; masked_embed replaces a hidden patch.
     """
 
     def __init__(self, backbone, out_dim=8192, hidden=2048,
@@ -302,7 +302,7 @@ class IBOT(nn.Module):
         self.backbone = backbone
         self.head = Head(backbone.dim, out_dim, hidden, head_bn)
         self.masked_embed = nn.Parameter(torch.zeros(1, backbone.dim))
-        self.head.last_layer2 = self.head.last_layer  # that of the patches
+        self.head.last_layer2 = self.head.last_layer  # for the patches
         if separate_heads:
             self.head.last_layer2 = WeightNorm(256, out_dim)
         for name, value in (("mean", MEAN), ("std", STD)):
@@ -330,7 +330,7 @@ class IBOT(nn.Module):
 
 
 def build(args, drop_path=0.0):
-    """The untrained network, the same for the same seed."""
+    """The untrained network, determined by args.seed."""
     torch.manual_seed(args.seed)
     backbone = ViT(*VITS[args.arch], args.patch_size, args.image_size, drop_path)
     if backbone.dim < 384:
@@ -346,8 +346,8 @@ def build(args, drop_path=0.0):
 
 
 def dino_loss(student, teacher, center, tau_s, tau_t):
-    """Mean of H(t_i, s_j) over all pairs of different views (paper, equation 2, with local
-    views as in DINO's equation 3, which has the sum).
+    """Mean cross-entropy H(t_i, s_j) over all pairs of different views (paper, equation 2, with
+    local views as in DINO's equation 3, which has the sum).
 
     student, teacher: lists of (N, K), one for each view; the teacher's views are the first of the
     student's -> scalar. No gradient to the teacher. Test: test_dino_loss_equation.
@@ -361,13 +361,13 @@ def dino_loss(student, teacher, center, tau_s, tau_t):
 
 
 def patch_loss(s, t, mask, center, tau_s, tau_t):
-    """L_MIM of one view (paper, equation 3): the mean over the hidden patches of an image of
+    """L_MIM of a view (paper, equation 3): the mean over images of the mean over hidden patches of
 
-        -sum_k softmax((t - C') / tau_t')_k log softmax(s / tau_s)_k,
+        -sum_k softmax((t - C') / tau_t')_k log softmax(s / tau_s)_k
 
-    (equation 3 has the sum, Algorithm 1 the mean), then over images; one without a mask counts as 0
-    (released code). s, t: (B, T, K) raw outputs, mask: (B, T) bool, center: (1, 1, K) -> scalar.
-    No gradient to t. Test: test_patch_loss_equation.
+    where an image without a mask counts as 0 (released code). Over patches, equation 3 has the sum,
+    Algorithm 1 the mean. s, t: (B, T, K) raw outputs, mask: (B, T) bool, center: (1, 1, K) ->
+    scalar. No gradient to t. Test: test_patch_loss_equation.
     """
     t = F.softmax((t.detach() - center) / tau_t, dim=2)  # centre and sharpen
     losses = -(t * F.log_softmax(s / tau_s, dim=2)).sum(2)  # (B, T)
@@ -379,7 +379,7 @@ def ibot_loss(s_cls, t_cls, s_patch, t_patch, masks, center, center_patch, tau_s
               tau_t_patch):
     """The two terms of the paper's loss, L_[CLS] (equation 2) and L_MIM (equation 3): scalars.
 
-    Lists with an entry for each view: s_cls of all, the others of the global ones; shapes as in
+    Lists with one entry per view: s_cls for all views, the others for the global ones; shapes as in
     dino_loss and patch_loss. Test: test_ibot_loss_equation.
     """
     l_cls = dino_loss(s_cls, t_cls, center, tau_s, tau_t)
@@ -414,7 +414,7 @@ def ema_update(net_ema, net, m):
 
 
 def update_center(center, teacher, m):
-    """C <- m C + (1 - m) mean of t (DINO, equation 4), of raw outputs.
+    """C <- m C + (1 - m) mean of the raw outputs t (DINO, equation 4).
 
     center: (1, K), teacher: (n, K), or its mean over all processes (1, K) -> (1, K).
     Test: test_center.
@@ -440,8 +440,8 @@ def cosine(step, steps, start, end):
 
 
 def tau_at(step, steps, tau_t, warmup):
-    """The teacher's temperature: from 0.04 linearly to tau_t over the first part of the run, the
-    share `warmup`; tau_t throughout where it is under 0.04. Test: test_tau_at.
+    """The teacher's temperature: it rises linearly from 0.04 to tau_t over the first `warmup` (a
+    share) of the run. A tau_t below 0.04 is used throughout. Test: test_tau_at.
     """
     share = min(1.0, step / (warmup * steps)) if warmup else 1.0
     return tau_t + (1 - share) * min(0.04 - tau_t, 0.0)
@@ -449,15 +449,15 @@ def tau_at(step, steps, tau_t, warmup):
 
 @torch.no_grad()
 def clip_each(net, length):
-    """Clip the gradient of each tensor to this norm on its own, as the released code does, not the
-    norm of all together. Test: test_clip_each."""
+    """Clip the gradient of each tensor separately to this norm, as the released code does, not all
+    of them together. Test: test_clip_each."""
     grads = [p.grad for p in net.parameters() if p.grad is not None]
     norms = torch._foreach_norm(grads)
     torch._foreach_mul_(grads, [(length / (n + 1e-6)).clamp(max=1.0) for n in norms])
 
 
 def check(args, steps):
-    """Before hours are spent, say what cannot work or is known to go wrong."""
+    """Reject options that cannot work and warn of bad ones, before hours are spent on them."""
     least = min(args.image_size, args.local_size) if args.local_crops else args.image_size
     if least < args.patch_size:
         common.fail("--patch-size is over --image-size or --local-size, the side of a view")
@@ -469,16 +469,16 @@ def check(args, steps):
     if args.local_crops and args.local_scale > args.global_scale:
         common.fail("--local-scale is over --global-scale, the largest area of a local crop")
     if args.no_class_loss and (args.no_token_loss or not args.mask_crops):
-        common.fail("--no-class-loss and --no-token-loss or --mask-crops 0 leave nothing to learn")
+        common.fail("--no-class-loss with --no-token-loss or --mask-crops 0: nothing to learn")
     patches = (args.image_size // args.patch_size) ** 2
     if patches * max(args.mask_ratio) < 1:
-        common.fail("--mask-ratio hides none of so few patches: raise it or --image-size")
+        common.fail("--mask-ratio hides none of the few patches: raise it or --image-size")
     if patches * min(args.mask_ratio) < 1:
         print("warning: some masks hide no patch, so L_MIM begins below chance")
     if args.m ** (steps / 10) > 0.5:
         print("warning: the teacher's half-life is over a tenth of the run, lower --m")
     if args.image_size % args.patch_size:
-        print("warning: --image-size is no multiple of --patch-size, a rest is cut off")
+        print("warning: --image-size is not a multiple of --patch-size, the remainder is cut off")
     if args.local_crops and args.local_size >= args.image_size:
         print("warning: local views are not smaller than global ones, lower --local-size")
 
@@ -503,7 +503,7 @@ def train(args, run):
     net_ema.load_state_dict(net.state_dict())  # g_t = g_s
     net = run.place(net)
     net_ema = run.place(net_ema)
-    net_ema.requires_grad_(False)  # stop-gradient: the teacher only follows, by moving average
+    net_ema.requires_grad_(False)  # stop-gradient: the teacher is only a moving average
     last_layers = nn.ModuleList([net.head.last_layer, net.head.last_layer2])
     center = torch.zeros(1, K, device=run.device)
     center_patch = torch.zeros(1, 1, K, device=run.device)
@@ -524,8 +524,8 @@ def train(args, run):
     undo = common.Undo(net, net_ema, center, center_patch)
     cls_weight = 0.0 if args.no_class_loss else 1.0
     patch_weight = 0.0 if args.no_token_loss else 1.0
-    even = math.log(K)  # of equal classes; a view without a mask counts as 0
-    run.chance = {  # the values where nothing is learned
+    even = math.log(K)  # at chance; a view without a mask counts as 0
+    run.chance = {  # the values when nothing is learned
         "loss": even * (cls_weight + patch_weight * args.mask_crops),
         "cls": even, "patch": even * args.mask_crops,
         "entropy": even, "kl": 0.0,
@@ -580,7 +580,7 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
-    refit on fit and val together with that penalty. NaN for features that are not finite.
+    refit with that penalty on fit and val. NaN if fit or val has features that are not finite.
     """
     if not common.finite(fit, val):
         return math.nan
@@ -593,17 +593,17 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, strong to weak.
+    """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
-    x is standardised, penalties are for ten classes. A fit starts from the one before. L-BFGS works
-    on v, where w = v P: P makes the loss about equally curved in all directions, which takes less
-    than half of the steps.
+    x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
+    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
+    in all directions, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
-    hessian.diagonal().add_(0.3)  # with a penalty of 0.03
+    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)
     b = x.new_zeros(len(v), requires_grad=True)
@@ -636,13 +636,13 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
+    """The central square; above 64 pixels, 7/8 of its side (SimCLR's released code: above 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def teacher_verdict(verdict, run, K):
-    """The verdict on z, with the teacher's entropy and KL in the last epoch: where KL is 0 nothing
-    is learned, and the entropy tells the two collapses apart (DINO, Section 5.3)."""
+    """The verdict on z, with the teacher's entropy and KL in the last epoch: if KL is 0, nothing
+    is learned, and the entropy shows which of two collapses it is (DINO, Section 5.3)."""
     if not run.rows or ":" not in verdict:
         return verdict
     entropy, kl = (run.rows[-1][k] / math.log(K) for k in ("entropy", "kl"))
@@ -655,10 +655,10 @@ def teacher_verdict(verdict, run, K):
 
 
 def evaluate(net, data, args, run, test=False):
-    """Is z healthy, and how well do h and z tell the classes apart?
+    """Is z healthy, and how well do h and z separate the classes?
 
-    On validation images; with test on the test images, beside two baselines: h of the untrained
-    network, and raw pixels.
+    On validation images. With test, the accuracies are on the test images, next to those of two
+    baselines: h of the untrained network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)
@@ -745,7 +745,7 @@ def resample(pos_embed, height, width):
     """Resize position embeddings (1, 1 + T, D) of a square grid to height x width patches.
 
     The released code's formula: bicubic, with 0.1 added to height and width. Embeddings of a grid
-    that is not square are returned as they are.
+    that is not square are returned unchanged.
     """
     patches = pos_embed.shape[1] - 1
     side = math.isqrt(patches)
@@ -760,7 +760,7 @@ def resample(pos_embed, height, width):
 class ViT(nn.Module):
     """Vision transformer: (N, 3, H, W) -> (N, 1 + T, D) after the final norm, class token first.
 
-    Names and shapes of timm and of the released weights. H, W: any multiples of the patch size.
+    Parameters are named and shaped as in timm and the released weights. H, W: any multiples of P.
     """
 
     def __init__(self, dim, depth, heads, patch_size=16, image_size=224, drop_path=0.0):
@@ -778,8 +778,8 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def tokens(self, patches):
-        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + T, D), class token first, all with their
-        positions."""
+        """Embedded patches (N, D, H / P, W / P) -> (N, 1 + T, D), class token first, positions
+        added."""
         positions = resample(self.pos_embed, *patches.shape[2:])
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(2).mT], 1)
         return x + positions
@@ -796,8 +796,8 @@ class ViT(nn.Module):
 
 def conv_stem(dim, patch_size):
     """(N, 3, H, W) -> (N, dim, H / P, W / P): 3x3 convolutions of stride 2, each twice as wide as
-    the one before, and one of 1x1, where a ViT has one linear layer (Xiao et al. 2021). P: a power
-    of 2."""
+    the one before, and a 1x1 convolution, in place of a ViT's one linear layer (Xiao et al. 2021).
+    P: a power of 2."""
     layers, inputs = [], 3
     while patch_size > 1:
         patch_size //= 2
@@ -819,15 +819,15 @@ def init_linear(m):
 
 @torch.no_grad()
 def start_with_sines(vit):
-    """Position embeddings that start as sines and cosines of row and column, in waves from two
-    grids to two patches long, and linear layers of the blocks by Xavier's rule.
+    """Initialise position embeddings as sines and cosines of row and column, with wavelengths from
+    two grids to two patches, and the linear layers of the blocks by Xavier's rule.
 
     Our own choice, after MoCo v3, whose sines are fixed and have other wavelengths: with the
-    released start, a deviation of 0.02, patches of a narrow ViT outweigh their positions.
+    released initialisation (deviation 0.02) the patches of a narrow ViT drown their positions.
     Test: test_start_with_sines.
     """
     side = math.isqrt(vit.pos_embed.shape[1] - 1)
-    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians a patch
+    waves = math.pi / side * side ** torch.linspace(0, 1, vit.dim // 4)  # radians per patch
     angles = torch.arange(side).outer(waves)
     line = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim / 2)
     vit.pos_embed[0, 1:] = torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1)
@@ -837,7 +837,7 @@ def start_with_sines(vit):
 
 
 def fit_positions(weights, net):
-    """Resample the position embeddings among weights, in place, to the grid of net."""
+    """Resample the position embeddings in weights, in place, to the grid of net."""
     name = "backbone.pos_embed"
     if name in weights and name in net.state_dict():
         side = math.isqrt(net.backbone.pos_embed.shape[1] - 1)
@@ -846,7 +846,7 @@ def fit_positions(weights, net):
 
 
 def fit_released(weights, net):
-    """Also of released files, where masked_embed is in the student's backbone, in no teacher's."""
+    """fit_positions, also for released files: there only a student's backbone has masked_embed."""
     mask = weights.pop("backbone.masked_embed", net.masked_embed)
     weights.setdefault("masked_embed", mask)
     return fit_positions(weights, net)

@@ -4,39 +4,39 @@ Chen, Fan, Girshick, He, 2020, https://arxiv.org/abs/2003.04297 (v2, the default
 Slides: "Momentum Contrast (MoCo)", "MoCov2 vs. SimCLR".
 
 A query has to find the key of the same image among the keys of many other images. These keys wait
-in a queue, so that their number K does not depend on the batch. They stay comparable because the
+in a queue, so their number K does not depend on the batch size. They stay comparable because the
 key encoder is a slow moving average of the query encoder.
 
-Algorithm 1 of v1 (it is on the slides), for a batch of N images:
+Algorithm 1 of v1 (also on the slides), for a batch of N images:
     x_q, x_k = aug(x), aug(x)      two random augmentations              crops, augment
     q = f_q(x_q)                   queries, of unit length               MoCo.forward
     k = f_k(x_k)                   keys, without gradient                encode_shuffled
     L = mean -log( exp(q.k / tau) / (exp(q.k / tau) + sum_i exp(q.k_i / tau)) )      info_nce
     update f_q                     SGD                                   train, lr_by
     f_k = m f_k + (1 - m) f_q      momentum update                       ema_update
-    enqueue k, dequeue the oldest  the queue keeps its K keys            dequeue_and_enqueue
+    enqueue k, dequeue the oldest  the queue stays at K keys             dequeue_and_enqueue
 
 Symbols: x_q, x_k (N, 3, S, S) in [0, 1]; h (N, d) representations; q, k (N, C) unit vectors; queue
 (C, K), a key k_i in each column; l_pos (N, 1) and l_neg (N, K) similarities; tau temperature; m
-momentum. net is f_q, which is kept, net_ema is f_k. The slides write the denominator once with k+
-as a term of its own and once as a sum over K + 1 keys: that is the same if k+ is one of them.
+momentum. net is f_q, which is kept; net_ema is f_k. The slides write the denominator in two ways,
+with k+ as a separate term and as a sum over K + 1 keys: the same if k+ is one of those keys.
 
-Shuffling batch norm (v1, Section 3.3): if a query and its key shared the statistics of their batch,
-the network could find the image by them. Under torchrun every process has its own statistics and
-encodes the keys of images that are dealt out at random. Within a process the parts of the batch
-that --bn-splits makes do the same.
+Shuffling batch norm (v1, Section 3.3): if a query and its key shared batch statistics, the network
+could match them by those statistics. Under torchrun every process has its own statistics, and the
+images whose keys it encodes are dealt out at random. Within a process, the parts into which
+--bn-splits divides a batch do the same.
 
 Where this file departs from the papers and the released code:
-  - The last f_k has one momentum update more than that of the released code, which makes it before
-    the keys are encoded, not after the SGD step as in Algorithm 1. All keys are the same.
-  - Small sets have fewer keys (keys), short runs on larger images a smaller m (momentum_k). K need
-    not be a multiple of N, as the queue wraps around (released code: it must be).
-  - The cosine goes by steps (released code: by epochs).
+  - f_k is updated after the SGD step, as in Algorithm 1 (released code: before keys are encoded).
+    All keys are the same; only the final f_k has one update more.
+  - Small sets use fewer keys (see keys), and short runs on larger images a smaller m (momentum_k).
+    K need not be a multiple of N, as the queue wraps around (released code: it must be).
+  - The cosine schedule changes the rate every step (released code: every epoch).
   - The blur is a Gaussian a tenth of the image wide, edges reflected (released code: Pillow's three
     box blurs, edges repeated).
-  - With a GPU images up to 64 pixels follow the released CIFAR-10 demo, but with the head of v2 and
-    ImageNet's mean and deviation. A part of the batch is a run of images (demo: every 8th image).
-  - The linear probe is a regression on features of central crops (papers: SGD on random crops).
+  - With a GPU, images up to 64 pixels follow the released CIFAR-10 demo, but with v2's head and
+    ImageNet's mean and deviation. Each of the --bn-splits is a run of images (demo: every 8th).
+  - The linear probe is fitted by L-BFGS on features of central crops (papers: SGD on random crops).
   - The built-in set, and small images without a GPU, have recipes of their own, sized for a CPU.
 
     python moco.py      52 s on 2 CPU cores; mean of three seeds: 96.8 % linear, 88.6 % k-NN; the
@@ -63,15 +63,15 @@ V1 = {"head": "linear", "aug": "v1", "schedule": "step", "temperature": 0.07}  #
 
 
 def keys(args, n):
-    """K for n images: an eighth of them, at least a batch and at most 65536, as in the papers, or
-    4096 for views up to 64 pixels, as in the CIFAR-10 demo."""
+    """K for n images: n / 8, but at least N and at most 65536, as in the papers, or 4096 for views
+    up to 64 pixels, as in the CIFAR-10 demo."""
     most = 65536 if args.image_size > 64 else 4096
     return max(args.batch_size, min(most, n // 8))
 
 
 def momentum_k(args, n):
-    """m of a run on n images: 0.99 for views up to 64 pixels, as in the CIFAR-10 demo; else a
-    half-life of at most a twentieth of its steps, from 0.99 to 0.999, as in the papers."""
+    """m for n images: 0.99 for views up to 64 pixels, as in the CIFAR-10 demo; else the half-life
+    is a twentieth of the steps, with m at least 0.99 and at most 0.999 (the papers' value)."""
     most = 0.999 if args.image_size > 64 else 0.99
     return min(most, max(0.99, 0.5 ** (20 * args.batch_size / (args.epochs * n))))
 
@@ -90,16 +90,16 @@ OPTIONS = {  # fmt: skip
     "image_size":   (32,         64,         224,        PIXELS,        "S, side of a view"),
     "aug":          ("v2",       "v2",       "v2",       "v1|v2",       "v1: strong hue, no blur"),
     "min_scale":    (0.5,        0.08,       0.2,        SHARE,         "least area of a crop"),
-    "blur":         (0.0,        0.0,        0.5,        SHARE,         "its probability, in v2"),
+    "blur":         (0.0,        0.0,        0.5,        SHARE,         "probability, in v2"),
     "epochs":       (24,         200,        200,        FROM_1,        "(v2: 200 and 800)"),
     "batch_size":   (64,         512,        256,        FROM_2,        "N"),
-    "lr":           (0.12,       0.03,       0.03,       POSITIVE,      "at first, times N / 256"),
+    "lr":           (0.12,       0.03,       0.03,       POSITIVE,      "initial, times N / 256"),
     "schedule":     ("cosine",   "cosine",   "cosine",   "step|cosine", "v1: step, v2: cosine"),
     "weight_decay": (1e-4,       5e-4,       1e-4,       SHARE,         "L2 penalty"),
     "queue":        (keys,       keys,       keys,       FROM_1,        "K, number of keys"),
     "m":            (momentum_k, momentum_k, momentum_k, SHARE,         "momentum (0 fails)"),
 }
-# Without a GPU images up to 64 pixels have the first column, except for:
+# Without a GPU, images up to 64 pixels use the first column, except for:
 CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1.5e6),
        "queue": lambda args, n: min(1024, keys(args, n))}
 
@@ -109,14 +109,14 @@ CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1.5e6),
 
 
 def crops(args):
-    """Random crops, two of every image (v1, Section 3.3, "Technical details"); a least area of 0.2
-    is that of the released code."""
+    """Random crops, two of every image (v1, Section 3.3, "Technical details"); the default least
+    area of larger images, 0.2, is the released code's."""
     return [common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3), count=2)]
 
 
 def augment(views, args):
-    """Colour jitter, grey, flip (v1, Section 3.3) and blur (v2, Section 3); every image has its own
-    draws. Order, hue and probabilities are those of the released code.
+    """Colour jitter, grey, flip (v1, Section 3.3) and blur (v2, Section 3), drawn separately for
+    every image. Order, hue and probabilities are those of the released code.
 
     views: list of (N, 3, S, S) in [0, 1] -> the same.
     """
@@ -139,7 +139,7 @@ def augment(views, args):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input, ImageNet's
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for the input
 
 
 def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -168,7 +168,7 @@ ENCODER = common.source(encoder)  # printed at the end of a run
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that in training takes its statistics from each of `splits` parts of the batch.
+    """Batch norm that, in training, normalises each of `splits` parts of the batch separately.
 
     Test: test_split_batch_norm.
     """
@@ -191,16 +191,16 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @torch.compiler.disable  # it would take minutes to compile all parts of all layers
     def one_by_one(self, x, mean, var):
-        """Normalise each part, N / parts images in a row, by its own mean and variance, then scale
-        and shift by weight and bias. x: (N, C, H, W) -> the same; mean, var: (parts, C) running
-        statistics, one row for each part, updated in place. On a CPU quicker than `folded`.
+        """Normalise each part, N / parts consecutive images, by its own mean and variance, then
+        scale and shift by weight and bias. x: (N, C, H, W) -> the same; mean, var: (parts, C)
+        running statistics, one row for each part, updated in place. Faster than `folded` on a CPU.
         """
         return torch.cat([
             F.batch_norm(*part, self.weight, self.bias, True, self.momentum, self.eps)
             for part in zip(x.chunk(self.splits), mean, var)])
 
     def folded(self, x, mean, var):
-        """The same in one call, parts as further channels: quicker on a GPU, once compiled."""
+        """The same in one call, with parts as extra channels: faster on a GPU once compiled."""
         x = x.unflatten(0, (self.splits, -1)).permute(1, 3, 4, 0, 2)  # (n, H, W, parts, C)
         x = x.flatten(3).permute(0, 3, 1, 2)  # (n, parts C, H, W)
         weight = self.weight.repeat(self.splits)
@@ -213,7 +213,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 class MoCo(nn.Module):
-    """f_q or f_k: x (N, 3, S, S) -> h (N, d), and q or k (N, C) before they get unit length."""
+    """f_q or f_k: x (N, 3, S, S) -> h (N, d), and q or k (N, C), not yet normalised."""
 
     def __init__(self, arch="resnet50", stem="7x7", head="mlp", dim=128, splits=1):
         super().__init__()
@@ -234,7 +234,7 @@ class MoCo(nn.Module):
 
 
 def build(args, splits=1):
-    """The untrained network, the same for the same seed."""
+    """The untrained network, determined by args.seed."""
     torch.manual_seed(args.seed)
     return MoCo(args.arch, args.stem, args.head, args.dim, splits)
 
@@ -277,7 +277,7 @@ def ema_update(net_ema, net, m):
 
 
 def random_queue(args):
-    """(C, K) random unit keys, the same for the same seed."""
+    """(C, K) random unit keys, determined by args.seed."""
     draw = torch.Generator().manual_seed(args.seed)
     return F.normalize(torch.randn(args.dim, args.queue, generator=draw), dim=0)
 
@@ -304,10 +304,10 @@ def permutation(args, step, device):
 
 
 def encode_shuffled(f_k, x_k, order, run):
-    """Keys whose batch statistics are those of other images (v1, Section 3.3, "Shuffling BN").
+    """Keys, normalised with other images than their queries (v1, Section 3.3, "Shuffling BN").
 
     x_k: (n, 3, S, S) views of this process; order: (N,), a permutation of the images of all
-    processes -> k (N, C), the keys of all, in their own order again. Test: test_encode_shuffled.
+    processes -> k (N, C), all keys in their original order. Test: test_encode_shuffled.
     """
     mine = order.chunk(run.world)[run.rank]  # (n,) what this process encodes
     _, k = f_k(run.gather(x_k)[mine])
@@ -325,7 +325,7 @@ def lr_by(schedule, step, steps, peak):
 
 
 def use_v1(args):
-    """--v1: what the first paper has, where nothing else is given."""
+    """--v1: options of V1 that are not given get the first paper's values."""
     for name, value in V1.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -341,12 +341,12 @@ def query_encoder(weights, net):
 
 
 def check(args, per_epoch, world):
-    """Before hours are spent, say what cannot work or is known to go wrong."""
+    """Reject options that cannot work and warn of bad ones, before hours are spent on them."""
     if args.eval:
         return
     N, K, splits = args.batch_size, args.queue, args.bn_splits
     half_life = math.log(0.5) / math.log(min(max(args.m, 1e-9), 1 - 1e-9)) / per_epoch
-    print(f"{K:,} keys are {K / args.images:.2g} epochs, half-life of f_k: {half_life:.2g} epochs")
+    print(f"{K:,} keys span {K / args.images:.2g} epochs, half-life of f_k: {half_life:.2g} epochs")
     if K < N:
         common.fail(f"--queue {K} has to be at least the batch size, {N}")
     if N % splits or splits % world or 2 * splits > N:
@@ -371,13 +371,13 @@ def train(args, run):
     common.show_views(run, data, crops(args), lambda views: augment(views, args))
 
     # -- model: net is f_q, which is evaluated and kept; net_ema is f_k
-    splits = args.bn_splits // run.world  # of the images of this process
+    splits = args.bn_splits // run.world  # parts per process
     net, net_ema = build(args, splits), build(args, splits)
     common.load_weights(net, args, renames=RENAMES, adapt=query_encoder, mean=MEAN)
     net_ema.load_state_dict(net.state_dict())
-    for f in (net, net_ema):  # every process keeps batch norm of its own: see encode_shuffled
+    for f in (net, net_ema):  # every process keeps its own batch norm: see encode_shuffled
         f.to(run.device, memory_format=torch.channels_last)
-    net_ema.requires_grad_(False)  # no gradient to keys: f_k only follows, by moving average
+    net_ema.requires_grad_(False)  # no gradient to keys: f_k is only a moving average
     queue, ptr = random_queue(args).to(run.device), torch.tensor(0, device=run.device)
     f_q, f_k, aug = run.parallel(net), run.compiled(net_ema), run.compiled(augment)
 
@@ -388,8 +388,8 @@ def train(args, run):
     state = {"net": net, "net_ema": net_ema, "queue": queue, "ptr": ptr, "optimizer": optimizer,
              "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
-    undo = common.Undo(net, net_ema, queue, ptr)  # after a skipped step: batch norm, queue, ptr
-    run.chance = {"loss": math.log(1 + K)}  # where nothing is learned
+    undo = common.Undo(net, net_ema, queue, ptr)  # restores batch norm, queue, ptr if a step fails
+    run.chance = {"loss": math.log(1 + K)}  # when nothing is learned
 
     for epoch in run.epochs(data):
         for step, views in run.batches(data, epoch, crops(args)):
@@ -409,9 +409,9 @@ def train(args, run):
             scaler.unscale_(optimizer)
             ok = run.update(optimizer, scaler, loss)  # optimizer.step(), skipped if not finite
             ema_update(net_ema, net, torch.where(ok, args.m, 1.0))  # EMA: f_k = m f_k + (1 - m) f_q
-            ptr.copy_(dequeue_and_enqueue(queue, ptr, k))  # the queue's oldest keys go
+            ptr.copy_(dequeue_and_enqueue(queue, ptr, k))  # replaces the oldest keys
             undo(unless=ok)
-            random_keys = max(0.0, 1 - (step + 1) * N / K)  # share that is still in the queue
+            random_keys = max(0.0, 1 - (step + 1) * N / K)  # their share of the queue
             run.log(ok, loss=loss, lr=lr, random_keys=random_keys)
         # -- log and save
         if run.end_epoch(state):  # every --eval-every epochs
@@ -429,7 +429,7 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
-    refit on fit and val together with that penalty. NaN for features that are not finite.
+    refit with that penalty on fit and val. NaN if fit or val has features that are not finite.
     """
     if not common.finite(fit, val):
         return math.nan
@@ -442,17 +442,17 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, strong to weak.
+    """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
-    x is standardised, penalties are for ten classes. A fit starts from the one before. L-BFGS works
-    on v, where w = v P: P makes the loss about equally curved in all directions, which takes less
-    than half of the steps.
+    x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
+    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
+    in all directions, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
-    hessian.diagonal().add_(0.3)  # with a penalty of 0.03
+    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)
     b = x.new_zeros(len(v), requires_grad=True)
@@ -485,15 +485,15 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
+    """The central square; above 64 pixels, 7/8 of its side (SimCLR's released code: above 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def evaluate(net, data, args, run, test=False):
-    """Is q healthy, and how well do h and q tell the classes apart?
+    """Is q healthy, and how well do h and q separate the classes?
 
-    On validation images; with test on the test images, beside two baselines: h of the untrained
-    network, and raw pixels.
+    On validation images. With test, the accuracies are on the test images, next to those of two
+    baselines: h of the untrained network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)

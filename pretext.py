@@ -1,13 +1,13 @@
-"""Pretext tasks: what was asked of images before views were compared
+"""Pretext tasks: the questions asked about images before methods compared views
 RotNet: Gidaris, Singh, Komodakis, ICLR 2018, https://arxiv.org/abs/1803.07728, and eight others
 Slides: "SSL: Cognitive Principles" and "SSL: Pretext Task Taxonomy".
 
-Something is hidden from a network, or done to its input, and it has to tell what: the image is its
-own label. An encoder f makes h of the input, and a small head, which is discarded after training,
-answers from h alone. Every task has a shortcut, a way to the answer that needs no understanding of
-the image, and a guard against it, which --without takes away.
+Something is hidden from a network, or done to its input, and the network has to predict what: the
+image is its own label. An encoder f maps the input to h, and a small head, which is discarded after
+training, answers from h alone. Every task has a shortcut, a way to the answer that needs no
+understanding of the image, and a guard against it, which --without removes.
 
-A task is one class, a network with a question. For a batch of N images:
+Each task is one class: a network with a question. For a batch of N images:
     x = [t(image), t'(image)]       two random views of every image     crops, augment
     input, target = ...             what goes in, what is asked         Rotation.input_and_target
     answer = head(f(input))         h is the output of f                Rotation.forward
@@ -23,42 +23,42 @@ A task is one class, a network with a question. For a batch of N images:
     denoising     the clean image               Vincent 2008 (ICML)           noise
     inpainting    what is in the hole           Pathak 2016, 1604.07379       place
     colorization  colours, from lightness       Zhang 2016, 1603.08511        rebalance
-    splitbrain    and lightness, from colours   Zhang 2017, 1611.09842        split
+    splitbrain    that, and the reverse         Zhang 2017, 1611.09842        split
   contrastive, and on to BYOL: which one is it?
     cpc           the patches further down      van den Oord 2018, 1807.03748 gap color norm
     view          what a fixed random network   Grill 2020, 2006.07733        fixed
                   makes of the other view
 
 Symbols: x (M, 3, S, S) in [0, 1], the M = 2N views of N images; h (n, d) representations of the n
-pictures that go into f; p, z (n, D) what the losses of cpc and view compare.
+pictures that go into f; p, z (n, D) vectors that cpc and view compare.
 
 Where this file departs from the papers:
-  - One frame for all: ResNets (most papers: AlexNet), the same crops and flips, one schedule with
-    warm-up and cosine, SGD without Nesterov (RotNet: with it, and steps).
-  - Heads get h, after pooling, and nothing else (papers: feature maps), so that the answer has to
-    be in what is evaluated. h is evaluated on whole views, also of a network trained on tiles, and
-    by a logistic regression (papers: mostly by SGD on feature maps).
-  - rotation: on the built-in set light always comes from above, which gives the turn away. There
-    --shade adds a random slope of light to every view; --shade 0 is the paper. For larger images
-    the rate is an eighth of mmselfsup's for as many turned images.
-  - patch: the centre and each of its eight neighbours, both ways (released code: all neighbours in
-    a grid over the image). patch and jigsaw: two thirds of the tiles have one channel copied to all
-    (released code of patch: all, with noise in the other two; jigsaw: grey or shifted), each
-    channel has mean 0 and deviation 1 (released code of patch: one deviation for all), and no tile
-    is shrunk.
-    jigsaw: orders are chosen by their nearest, then by their mean distance.
-  - colorization: a list of 261 bins of our own (released: 313), on a grid of at most 16 x 16.
+  - All tasks share ResNets (most papers: AlexNet), crops and flips, one schedule of warm-up and
+    cosine, and SGD without Nesterov (RotNet: with Nesterov, and a rate that falls in steps).
+  - Heads get only h, after pooling (papers: feature maps), so the answer has to be in what is
+    evaluated. h is evaluated on whole views, even if the network was trained on tiles, and by
+    logistic regression (papers: mostly by SGD on feature maps).
+  - rotation: on the built-in set, light always comes from above, which gives the rotation away.
+    There, --shade adds a random slope of light to every view (paper: as --shade 0). For larger
+    images the rate is an eighth of mmselfsup's, for the same number of turned images.
+  - patch: pairs of the centre and each of its eight neighbours, in both orders (released code: all
+    neighbours in a grid over the image). patch and jigsaw: in two thirds of the tiles one channel
+    is copied to all (patch's released code: every tile keeps one, with noise in the other two;
+    jigsaw's: grey tiles or shifted channels), each channel has mean 0 and deviation 1 (patch's
+    released code: one deviation for all channels), and no tile is shrunk.
+    jigsaw: orders are chosen by their distance to the nearest, then by their mean distance.
+  - colorization: our own list of 261 bins (released: 313), on a grid of at most 16 x 16.
     splitbrain: soft bins for colours (paper: hard), hard ones for lightness; every convolution has
-    two groups (released code: conv2, conv4 and conv5).
-  - inpainting: no adversarial loss and no overlap; one square anywhere (paper: in the middle,
-    several squares, or of random shape), filled with the mean colour (123, 117, 104) in RGB
-    (released code: the same three numbers in the order 117, 104, 123). denoising: one network
-    trained at once (paper: layer by layer, fully connected, with tied weights).
-  - cpc: layer norm, dropped colours and steps of three rows or more are those of version 2 (Henaff
-    2019, 1905.09272), here in one direction, with two steps, whole patches and a smaller context
-    network; the negatives are the patches of the same rows in all views of the batch.
+    two groups (released code: only conv2, conv4 and conv5).
+  - inpainting: no adversarial loss and no overlap; the hole is one square anywhere (paper: a square
+    in the middle, several squares, or a random shape), filled with the mean colour (123, 117, 104)
+    in RGB (released code: the same three numbers in the order 117, 104, 123). denoising: one
+    network trained end to end (paper: layer by layer, fully connected, with tied weights).
+  - cpc: layer norm, dropped colours and predicting at least three rows ahead come from version 2
+    (Henaff 2019, 1905.09272). Ours has one direction, two steps, whole patches and a smaller
+    context network; the negatives are the patches of the same rows in all views of the batch.
   - view: the fixed network ends in a linear layer and batch norm (paper: BYOL's projector), and the
-    predictor stands on h itself.
+    predictor is applied to h itself.
 
     python pretext.py   43 s on 2 CPU cores; mean of three seeds: 93.9 % linear, 88.8 % k-NN; the
                         untrained network has 30.4 and 29.7 %, raw pixels have 27.0 and 38.2 %
@@ -108,15 +108,15 @@ def by_task(other, **tasks):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# The second column is RotNet's for CIFAR-10, with as many turned images in a step; an epoch has two
-# views of every image (released code: one, 200 epochs). Of the third, epochs and weight decay are
-# mmselfsup's; the rate is, for as many pictures in a step, an eighth of mmselfsup's and VISSL's for
-# rotation, half of VISSL's for jigsaw. What the two columns have for other tasks is our own and has
-# not been measured. common.py adds --dataset, --seed, --amp, --resume and so on.
+# The second column is RotNet's for CIFAR-10, with as many turned images per step; an epoch has two
+# views of every image (released code: one, for 200 epochs). In the third, epochs and weight decay
+# are mmselfsup's; for as many pictures per step, rotation has an eighth of mmselfsup's and VISSL's
+# rate, and jigsaw half of VISSL's. For other tasks both columns are our own choice, not measured.
+# common.py adds --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed         meaning
     "task":         ("rotation", "rotation", "rotation", one_of(GUARDS), "what is asked"),
-    "without":      ((),         (),         (),         {"nargs": "+"}, "guards (docstring)"),
+    "without":      ((),         (),         (),         {"nargs": "+"}, "guards to remove"),
     "shade":        (by_task(0.0, rotation=0.3), 0.0, 0.0, SHARE, "steepest slope of added light"),
     "permutations": (24,         100,        1000,       number(int, 2, 5040), "P of the jigsaw"),
     "arch":         ("convnet",  "resnet18", "resnet50", NETS,           "encoder f"),
@@ -135,7 +135,7 @@ OPTIONS = {  # fmt: skip
     "weight_decay": (0.01,       5e-4,       1e-4,       SHARE,          "(RotNet: 5e-4)"),
     "warmup":       (0.1,        0.1,        0.1,        SHARE,          "share of the steps"),
 }
-# Without a GPU images up to 64 pixels have the first column, but for (measured with rotation):
+# Without a GPU, images up to 64 pixels use the first column, except for (measured with rotation):
 CPU = {"shade": 0.0, "arch": "convnet_wide", "epochs": common.hour(1.5e5)}  # each turned four ways
 
 # ==================================================================================================
@@ -149,8 +149,8 @@ def crops(args):
 
 
 def augment(views, args):
-    """Flip and shade, for --task view colour jitter and grey as in BYOL; every image has its own
-    draws.
+    """Flip and shade; for --task view also colour jitter and grey as in BYOL. All are drawn
+    separately for every image.
 
     views: list of (N, 3, S, S) in [0, 1] -> the same.
     """
@@ -162,8 +162,8 @@ def augment(views, args):
 
 
 def shade(x, most):
-    """Add a slope of light, up to `most` from the middle to the edge in both directions: how an
-    image was turned has to be told from the things in it, not from light that comes from above."""
+    """Add a slope of light, up to `most` from the middle to the edge, down and across, so that a
+    rotation has to be predicted from the things in the image, not from light from above."""
     down, across = common.uniform(-most, most, (len(x), 2, 1, 1, 1), x.device).unbind(1)
     line = torch.linspace(-1, 1, x.shape[-1], device=x.device)
     return (x + down * line.unsqueeze(1) + across * line).clamp(0, 1)
@@ -173,7 +173,7 @@ def shade(x, most):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network sees RGB in [0, 1] as it is
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network gets RGB in [0, 1], not normalised
 
 
 def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -225,7 +225,7 @@ def decoder(d, outputs, side):
 #   input_and_target(x)     views (M, 3, S, S) in [0, 1] -> input, what its answer is compared to
 #   forward(input)          -> answer, one tensor
 #   loss(answer, target)    -> {"loss": ...}, perhaps with the accuracy
-#   chance                  the same where nothing is learned, or
+#   chance                  the same when nothing is learned, or
 #   blind(target)           the best answer that does not look at the image
 
 
@@ -233,10 +233,10 @@ def decoder(d, outputs, side):
 
 
 def rotate(images, exact=True):
-    """(N, 3, S, S) -> (4N, 3, S, S), labels (4N,): first as they are, then turned 1 to 3 times.
+    """(N, 3, S, S) -> (4N, 3, S, S), labels (4N,): as they are, then turned by 1 to 3 quarters.
 
-    Quarter turns only move pixels and leave no trace (RotNet, Section 2.2). Not exact: the turned
-    ones are interpolated, half a pixel off, as by any other angle, and only upright ones are sharp.
+    Quarter turns only move pixels and leave no trace (RotNet, Section 2.2). If not exact, turned
+    ones are interpolated half a pixel off, as at any other angle, and only upright ones are sharp.
     """
     turned = [images.rot90(r, (2, 3)) for r in range(4)]
     if not exact:
@@ -245,10 +245,10 @@ def rotate(images, exact=True):
 
 
 class Rotation(nn.Module):
-    """RotNet (Gidaris et al. 2018): turned by how many quarters? All four of every view are asked.
+    """RotNet (Gidaris et al. 2018): by how many quarters was a view turned? All four are used.
 
-    Shortcuts: traces of how the image was turned, of which quarter turns leave none; the light from
-    above, see `shade`.
+    Shortcuts: traces that turning leaves in an image, though quarter turns leave none; light that
+    comes from above, see `shade`.
     """
 
     def __init__(self, f, args):
@@ -292,25 +292,25 @@ def guarded_tiles(x, gap, jitter, without):
 
 
 def drop_colors(x, p):
-    """With probability p all channels of an image are one of them, drawn at random: chromatic
+    """With probability p, copy one channel of an image, drawn at random, to all: chromatic
     aberration shows only between channels (Doersch et al., on trivial solutions)."""
     channel = torch.randint(3, (len(x), 1, 1, 1), device=x.device)
     return torch.where(common.coin(x, p), x.take_along_dim(channel, 1), x)
 
 
 def standardise(x):
-    """Each channel of each image to mean 0 and deviation 1: no brightness to match tiles by."""
+    """Give each channel of an image mean 0, deviation 1: tiles cannot be matched by brightness."""
     std, mean = torch.std_mean(x, (2, 3), keepdim=True, correction=0)
     return (x - mean) / (std + 1e-3)
 
 
 class Patch(nn.Module):
-    """Context prediction (Doersch et al. 2015): a tile and one of its eight neighbours, which one?
+    """Context prediction (Doersch et al. 2015): which of a tile's eight neighbours is this?
 
     The label of a neighbour is its place in the grid, row by row without the centre; from neighbour
-    j, the centre is at 7 - j. A tile is a quarter of the view wide, and a gap, as in the paper,
-    half a tile. Shortcuts and guards: lines that go on from tile to tile (gap, jitter); chromatic
-    aberration, which tells where in the lens a tile has been (color); shading (norm).
+    j, the centre is at 7 - j. A tile is a quarter of the view wide, and a gap is half a tile, as in
+    the paper. Shortcuts and guards: lines that continue from tile to tile (gap, jitter); chromatic
+    aberration, which tells where in the photo a tile was (color); shading (norm).
     """
 
     def __init__(self, f, args):
@@ -339,15 +339,15 @@ class Patch(nn.Module):
 def jigsaw_permutations(n, seed):
     """(n, 9): permutations far from each other in Hamming distance (after Noroozi & Favaro).
 
-    After a random one always that whose nearest is furthest, and of those the one furthest on
-    average. By the mean alone, as in the paper, the nearest two of 100 have a distance of 2 or 3,
-    by how ties are broken, here of 6, while the mean is 8.08 for both.
+    The first is random; each next one is furthest from the nearest chosen one and, among equals,
+    furthest on average. With the average alone, as in the paper, the nearest two of 100 are 2 or 3
+    apart, depending on how ties are broken, here 6; the mean distance is 8.08 for both.
     """
     every = torch.tensor([*itertools.permutations(range(9))], dtype=torch.int8)  # (9!, 9)
     i = torch.randint(len(every), (), generator=torch.Generator().manual_seed(seed))
     chosen = []
-    total = 0  # distances to all that are chosen
-    nearest = 9  # the least of them
+    total = 0  # summed distance to all chosen ones
+    nearest = 9  # distance to the nearest one
     for _ in range(n):
         chosen.append(every[i])
         distance = (every != every[i]).sum(1)
@@ -358,9 +358,9 @@ def jigsaw_permutations(n, seed):
 
 
 class Jigsaw(nn.Sequential):
-    """Jigsaw puzzles (Noroozi & Favaro 2016): nine tiles in one of P orders, which?
+    """Jigsaw puzzles (Noroozi & Favaro 2016): in which of P orders are nine tiles?
 
-    A tile, a quarter of the view wide, lies anywhere in its third. Shortcuts and guards: as in
+    A tile is a quarter of the view wide and lies anywhere in its third. Shortcuts and guards: as in
     Patch.
     """
 
@@ -389,10 +389,10 @@ class Jigsaw(nn.Sequential):
 
 
 class Denoising(nn.Sequential):
-    """Denoising autoencoder (Vincent et al. 2008): a quarter of the pixels is black (masking
-    noise), what were they?
+    """Denoising autoencoder (Vincent et al. 2008): a quarter of the pixels is made black
+    (masking noise); what were they?
 
-    Shortcut: without noise, to copy the input, for which any code will do.
+    Shortcut: without noise the network can copy the input, for which any code will do.
     """
 
     def __init__(self, f, args):
@@ -420,9 +420,9 @@ def hole(x, anywhere=True):
 
 
 class Inpainting(nn.Sequential):
-    """Context encoder (Pathak et al. 2016): a square is cut out, what was there?
+    """Context encoder (Pathak et al. 2016): a square is cut out; what was there?
 
-    Shortcut: always in the middle, it is filled from its border, by features of that one place.
+    Shortcut: a hole that is always in the middle needs only features of that place and its border.
     """
 
     def __init__(self, f, args):
@@ -438,7 +438,7 @@ class Inpainting(nn.Sequential):
         return {"loss": masked_l2(answer, *target)}
 
 
-# linear sRGB to XYZ over that of white (D65), so that each row adds up to 1
+# linear sRGB to XYZ divided by white's (D65), so that each row adds up to 1
 XYZ = [[0.433953, 0.376219, 0.189828], [0.212671, 0.71516, 0.072169],
        [0.017758, 0.109477, 0.872765]]
 
@@ -455,7 +455,7 @@ def rgb_to_lab(x):
 
 @functools.cache
 def ab_bins():
-    """(Q, 2): the centres, multiples of 10, of those cells of the ab plane that hold colours."""
+    """(Q, 2): the centres, multiples of 10, of the cells of the ab plane that hold RGB colours."""
     level = torch.linspace(0, 1, 64, dtype=torch.float64)
     cube = torch.cartesian_prod(level, level, level).view(-1, 3, 1, 1)
     ab = rgb_to_lab(cube)[:, 1:].flatten(1)  # (64^3, 2)
@@ -463,8 +463,8 @@ def ab_bins():
 
 
 def soft_encode(ab, bins):
-    """(M, 2, s, s) -> Z (M, Q, s, s): weights of the 5 nearest bins, a Gaussian of width 5 of their
-    distance, which add up to 1 (Zhang et al. 2016, Section 2.1)."""
+    """(M, 2, s, s) -> Z (M, Q, s, s): weights of the 5 nearest bins, Gaussian in their distance,
+    of width 5, which add up to 1 (Zhang et al. 2016, Section 2.1)."""
     places = ab.flatten(2).mT  # (M, s s, 2)
     distance = torch.cdist(places, bins, compute_mode="donot_use_mm_for_euclid_dist")
     near, q = distance.topk(5, largest=False)  # (M, s s, 5) each
@@ -473,10 +473,10 @@ def soft_encode(ab, bins):
 
 
 class Colorization(nn.Sequential):
-    """Colorful image colorization (Zhang et al. 2016): the colour of every place of a grid, one of
-    Q bins, from lightness.
+    """Colorful image colorization (Zhang et al. 2016): from lightness, predict the colour at every
+    place of a grid, one of Q bins.
 
-    Shortcut: to answer the dull colours that most places have. Rebalanced, rare ones weigh more.
+    Shortcut: the dull colours that most places have. Rebalancing gives rare ones more weight.
     """
 
     def __init__(self, f, args):
@@ -505,8 +505,8 @@ class Colorization(nn.Sequential):
 
 
 def halve(net):
-    """Two networks of half the width side by side, which have each half of the input's channels and
-    make each half of h: every convolution has two groups."""
+    """Make net two networks of half the width side by side: every convolution has two groups. Each
+    gets half of the input's channels and makes half of h."""
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             m.groups = 2
@@ -518,8 +518,8 @@ HALVE = common.source(halve)
 
 
 class SplitBrain(nn.Module):
-    """Split-brain autoencoder (Zhang et al. 2017): one half of f tells colours from lightness, the
-    other the reverse.
+    """Split-brain autoencoder (Zhang et al. 2017): one half of f predicts colours from lightness,
+    the other lightness from colours.
 
     Shortcut: with all channels, each half could copy what it is asked for.
     """
@@ -563,12 +563,12 @@ class SplitBrain(nn.Module):
 
 
 class CPC(nn.Module):
-    """Contrastive predictive coding (van den Oord et al. 2018): which patch is k rows below, out of
-    those of the whole batch?
+    """Contrastive predictive coding (van den Oord et al. 2018): which patch of the whole batch is
+    the one k rows below?
 
     7 x 7 patches, a quarter of the view wide, overlap by half. Shortcuts and guards: pixels and
-    edges that patches share, so k starts at 3 (gap); the colours of an image (color: dropped by
-    patch); batch norm, through which a patch tells of all others (norm: layer norm, see build).
+    edges that patches share, so k starts at 3 (gap); an image's colours (color: dropped per patch);
+    batch norm, through which a patch leaks into all others (norm: layer norm, see build).
     """
 
     def __init__(self, f, args):
@@ -588,7 +588,7 @@ class CPC(nn.Module):
     def input_and_target(self, x):
         S = x.shape[-1]
         t = tiles(x, S // 4, S // 8, rows=7).flatten(0, 1)  # (49M, 3, s, s)
-        return drop_colors(t, self.dropped), None  # the target is made of them, too
+        return drop_colors(t, self.dropped), None  # the target is made from them, too
 
     def forward(self, t):
         h = self.backbone(t).unflatten(0, (-1, 7, 7))  # (M, 7, 7, d)
@@ -607,11 +607,11 @@ class CPC(nn.Module):
 
 
 class View(nn.Module):
-    """The step to BYOL (Grill et al. 2020, Section 3): predict what a fixed random network, f as it
-    was at first, makes of the other view.
+    """The step to BYOL (Grill et al. 2020, Section 3): predict what a fixed random network, f at
+    initialisation, makes of the other view.
 
     It does not collapse, as the target differs between images and never moves: a constant answer
-    has a loss of 2, that of chance. Without the guard the target is the answer for the other view,
+    has a loss of 2, which is chance. Without the guard the target is the answer for the other view,
     and the same vector for all images is a perfect solution.
     """
 
@@ -626,7 +626,7 @@ class View(nn.Module):
         self.chance = {"loss": 2.0}
 
     def input_and_target(self, x):
-        return x, None  # the target is made of x, too
+        return x, None  # the target is made from x, too
 
     def forward(self, x):
         views = x.chunk(2)
@@ -644,7 +644,7 @@ TASKS = dict(zip(GUARDS, [
 
 
 def build(args):
-    """The untrained network with its task, the same for the same seed."""
+    """The untrained network with its task, determined by args.seed."""
     torch.manual_seed(args.seed)
     norm = nn.BatchNorm2d
     if args.task == "cpc" and "norm" not in args.without:
@@ -656,8 +656,8 @@ def build(args):
 
 
 def features(net, x, args):
-    """A whole view (N, 3, S, S), as the task has shown images to f -> h (N, d), z (N, D); only cpc
-    and view have a z, elsewhere it is h again."""
+    """A whole view (N, 3, S, S), converted to what the task feeds f -> h (N, d), z (N, D). Only cpc
+    and view have a z; in other tasks z is h."""
     if args.task in ("colorization", "splitbrain"):
         with torch.autocast(x.device.type, enabled=False):  # as in training
             x, _ = net.input_and_target(x)
@@ -674,18 +674,18 @@ def features(net, x, args):
 
 
 def cross_entropy(logits, y):
-    """Of the true class (RotNet's paper, equation 3; patch and jigsaw alike), its mean over i:
+    """Cross-entropy (RotNet's paper, equation 3; also for patch and jigsaw), its mean over i:
 
         L = -1/n sum_i log( exp(l_i,y_i) / sum_c exp(l_ic) )
 
-    logits: (n, C) or (n, C, s, s), y: (n,) or (n, s, s), or shares of classes, shaped as logits,
-    as split-brain's Z -> scalar. Equal logits give ln C. Test: test_cross_entropy_equation.
+    logits: (n, C) or (n, C, s, s), y: (n,) or (n, s, s), or class probabilities like split-brain's
+    Z, shaped as logits -> scalar. Equal logits give ln C. Test: test_cross_entropy_equation.
     """
     return F.cross_entropy(logits, y)
 
 
 def classification(logits, y):
-    """Cross-entropy and, printed beside it, the share of right answers (no equation of a paper).
+    """Cross-entropy and, for the log, the share of right answers (no equation of a paper).
 
     logits: (n, C), y: (n,) -> two scalars by name. Test: test_classification.
     """
@@ -711,7 +711,7 @@ def rebalance(p, mix=0.5):
 
         w_q ~ 1 / ( (1 - mix) p_q + mix / Q ),  with sum_q p_q w_q = 1
 
-    p: of soft-encoded bins, which smooths it. -> (Q,). Test: test_rebalance_equation.
+    p comes from soft-encoded bins, which smooths it. -> (Q,). Test: test_rebalance_equation.
     """
     w = 1 / ((1 - mix) * p + mix / len(p))
     return w / (p * w).sum()
@@ -722,7 +722,7 @@ def masked_l2(answer, x, mask):
 
         L = | mask * (x - answer) |^2 / (3 * number of masked pixels)
 
-    answer, x: (n, 3, S, S), mask: (n, 1, S, S) bool; all true is Vincent et al.'s squared error.
+    answer, x: (n, 3, S, S), mask: (n, 1, S, S) bool; all true: Vincent et al.'s squared error.
     -> scalar. Test: test_masked_l2_equation.
     """
     squares = (answer - x).square() * mask
@@ -734,7 +734,7 @@ def cpc_loss(pred, z):
 
         L = -1/M sum_i log( exp(pred_i . z_i) / sum_j exp(pred_i . z_j) ),   pred = W_k c
 
-    pred, z: (M, D), row i of both belong together -> scalar. Equal rows give ln M.
+    pred, z: (M, D), rows i of both belong together -> scalar. Equal rows give ln M.
     Test: test_cpc_equation.
     """
     s = pred @ z.T  # (M, M), log f_k
@@ -747,8 +747,8 @@ def byol_loss(p, z, stop_gradient=True):
 
         L = | p / |p| - z / |z| |^2 = 2 - 2 (p . z) / (|p| |z|)
 
-    p, z: (N, D), row n of both from image n -> scalar. No gradient to z, unless that is switched
-    off. Orthogonal vectors give 2, equal ones 0. Test: test_byol_loss_equation.
+    p, z: (N, D), row n of both from image n -> scalar. No gradient to z, unless stop_gradient is
+    False. Orthogonal vectors give 2, equal ones 0. Test: test_byol_loss_equation.
     """
     z = z.detach() if stop_gradient else z
     return (F.normalize(p, dim=1) - F.normalize(z, dim=1)).square().sum(1).mean()
@@ -758,7 +758,7 @@ def byol_loss(p, z, stop_gradient=True):
 # EMA / queue / centre
 # ==================================================================================================
 
-# None: what `view` predicts is a network that never moves.
+# None: the network that `view` predicts never moves.
 
 # ==================================================================================================
 # Training
@@ -773,7 +773,7 @@ def lr_at(step, steps, warmup, peak):
 
 
 def check(args):
-    """Before hours are spent, say what cannot work or is known to go wrong."""
+    """Reject options that cannot work and warn of bad ones, before hours are spent on them."""
     for guard in args.without:
         if guard not in GUARDS[args.task].split():
             common.fail(f"--without {guard}: the guards of {args.task} are {GUARDS[args.task]}")
@@ -783,7 +783,7 @@ def check(args):
 
 @torch.no_grad()
 def show_task(net, data, args, run):
-    """views.png: views of eight training images, what goes in, and the answer where it is an image
+    """views.png: views of eight training images, what goes into f, and the answer if it is an image
     or, for two tasks, colours."""
 
     def columns(views):
@@ -819,14 +819,14 @@ def train(args, run):
 
     # -- model
     net = build(args)
-    common.load_weights(net, args, mean=MEAN)  # of --init or --eval
-    net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
-    every = torch.arange(0, args.images, math.ceil(args.images / 256))  # over the whole set
+    common.load_weights(net, args, mean=MEAN)  # from --init or --eval, if given
+    net = run.place(net)  # on the device; batch norm spans all GPUs
+    every = torch.arange(0, args.images, math.ceil(args.images / 256))  # spread over the whole set
     *sample, _ = common.embed(lambda x: x, (data.train, every), crops(args), run)
     sample = torch.cat(sample)  # (512 at most, 3, S, S)
     grey = sample.std(1).amax().item() < 1e-3
     if hasattr(net, "bins") and grey and not args.eval:
-        common.fail(f"--task {args.task}: these images are grey, there are no colours to tell")
+        common.fail(f"--task {args.task}: these images are grey, there are no colours to predict")
     if args.task == "colorization" and "rebalance" not in args.without:
         net.rebalance_bins(sample)
     model, aug = run.parallel(net), run.compiled(augment)
@@ -843,11 +843,11 @@ def train(args, run):
     run.restore(state)  # with --resume: continues at the step where the run stopped
     undo = common.Undo(net)  # puts back batch norm's statistics after a skipped step
     if args.task in ("denoising", "inpainting"):
-        net.chance = {"loss": sample.var(0, correction=0).mean().item()}  # of a mean image
+        net.chance = {"loss": sample.var(0, correction=0).mean().item()}  # of the mean image
     if hasattr(net, "blind"):
         _, target = net.input_and_target(sample)
         net.chance = {"loss": net.loss(net.blind(target), target)["loss"].item()}
-    run.chance = net.chance  # where nothing is learned
+    run.chance = net.chance  # when nothing is learned
     show_task(net, data, args, run)
 
     for epoch in run.epochs(data):
@@ -885,7 +885,7 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
-    refit on fit and val together with that penalty. NaN for features that are not finite.
+    refit with that penalty on fit and val. NaN if fit or val has features that are not finite.
     """
     if not common.finite(fit, val):
         return math.nan
@@ -898,17 +898,17 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, strong to weak.
+    """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
-    x is standardised, penalties are for ten classes. A fit starts from the one before. L-BFGS works
-    on v, where w = v P: P makes the loss about equally curved in all directions, which takes less
-    than half of the steps.
+    x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
+    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
+    in all directions, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
-    hessian.diagonal().add_(0.3)  # with a penalty of 0.03
+    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)
     b = x.new_zeros(len(v), requires_grad=True)
@@ -941,17 +941,17 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
+    """The central square; above 64 pixels, 7/8 of its side (SimCLR's released code: above 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def evaluate(net, data, args, run, test=False):
-    """Is z healthy, and how well do h and z tell the classes apart?
+    """Is z healthy, and how well do h and z separate the classes?
 
-    On validation images; with test on the test images, beside two baselines: h of the untrained
-    network, and raw pixels. Only cpc and view compare vectors z. Elsewhere z is h, and as no value
-    of h is negative it fills a corner of the sphere: a smaller spread is healthy. So it is for cpc,
-    whose loss does not change where all z have a vector in common.
+    On validation images. With test, the accuracies are on the test images, next to those of two
+    baselines: h of the untrained network, and raw pixels. Only cpc and view have vectors z. For the
+    others z is h, which is never negative and fills only a corner of the sphere: a smaller spread
+    is healthy. The same holds for cpc, whose loss does not change if a vector is added to all z.
     """
     net.eval()
     run.broadcast(net)

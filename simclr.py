@@ -2,7 +2,7 @@
 Chen, Kornblith, Norouzi, Hinton, ICML 2020, https://arxiv.org/abs/2002.05709
 Slides: "Contrastive Learning: Simple Framework for Contrastive Learning (SimCLR)".
 
-Two random views of one image should get similar embeddings, views of different images should not.
+Two random views of one image should get similar embeddings; views of different images should not.
 An encoder f and a small head g embed both views of every image in a batch, and each view has to
 pick out its partner among the other 2N - 1. After training g is discarded and h = f(x) is kept.
 
@@ -19,22 +19,22 @@ The paper numbers the two views of image k as 2k - 1 and 2k; here they are k and
 
 Where this file departs from the paper and the released code:
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). Areas are uniform from
-    0.08 on, as in the paper (released code: heights are, and areas from 0.1 on, so crops are
-    smaller). Contrast is around the mean grey and saturation a blend with grey, as in the paper's
-    PyTorch code (released code: around the mean of each channel, a factor in HSV). Every image is
-    blurred by a deviation of its own, with reflected edges (released code: one a batch, zeros).
-  - g has two layers, as in the paper, batch norm after the first alone and PyTorch's initialisation
+    0.08 up, as in the paper (released code: heights are uniform and areas start at 0.1, so crops
+    are smaller). Contrast is scaled around the mean grey and saturation is a blend with grey, as in
+    the paper's PyTorch code (released code: around each channel's mean, and a factor in HSV). Every
+    image has its own blur deviation, and edges are reflected (released code: one per batch, zeros).
+  - g has two layers, as in the paper, batch norm after the first only and PyTorch's initialisation
     (released code: three layers by default, batch norm after each, normal with deviation 0.01). The
-    last batch norm of a residual block starts at one (released code: at zero).
+    scale of a residual block's last batch norm starts at one (released code: at zero).
   - LARS multiplies by the learning rate after the momentum (released code: before). The two are
     the same while the rate is constant. SGD decays all parameters and has no Nesterov momentum
-    (released code: not those of batch norm, and with it).
-  - Warm-up is a share of the run and starts above 0 (released code: at 0).
+    (released code: batch norm is not decayed, and Nesterov is on).
+  - Warm-up is a share of the run, and its rate starts above 0 (released code: at 0).
   - The loss is the mean over the 2N anchors, as in the paper (released code: twice that).
-  - Small images are trained by SGD with temperature 0.2 (released command for CIFAR-10: LARS, 0.5).
-    Rate and weight decay are those of solo-learn's MoCo v2+ for CIFAR-10, 0.2 is that of its
-    SimCLR. The recipe for a CPU has 0.1, chosen on validation images.
-  - The linear probe is a regression on features of central crops (paper: SGD on random crops).
+  - Small images use SGD and temperature 0.2 (released command for CIFAR-10: LARS, 0.5). The 0.2 is
+    from solo-learn's SimCLR, the rate and weight decay from its MoCo v2+, both for CIFAR-10. The
+    recipe for a CPU uses temperature 0.1, chosen on validation images.
+  - The linear probe is fitted by L-BFGS on features of central crops (paper: SGD on random crops).
 
     python simclr.py    34 s on 2 CPU cores; mean of three seeds: 99.0 % linear, 96.1 % k-NN; the
                         untrained network has 30.4 and 29.7 %, raw pixels have 27.0 and 38.2 %
@@ -59,13 +59,13 @@ NETS = one_of(["convnet", "convnet_wide", "resnet18", "resnet34", "resnet50"])
 
 
 def rate(args, n):
-    """--lr of larger images: for LARS 0.075 sqrt(N) in all, better than a linear rate where N is
-    small (paper, Appendix B.1), for SGD 0.3."""
+    """Default --lr for larger images: 0.3 for SGD; for LARS 0.075 sqrt(N) after the factor N / 256,
+    which is better than a linear rate if N is small (paper, Appendix B.1)."""
     return 19.2 / math.sqrt(args.batch_size) if args.optimizer == "lars" else 0.3
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones
-# (the paper's ImageNet setting, but for N). common.py adds --dataset, --seed, --amp and so on.
+# (the paper's ImageNet setting, except for N). common.py adds --dataset, --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed            meaning
     "arch":         ("convnet",  "resnet18", "resnet50", NETS,              "encoder f"),
@@ -75,7 +75,7 @@ OPTIONS = {  # fmt: skip
     "temperature":  (0.2,        0.2,        0.1,        POSITIVE,          "tau"),
     "image_size":   (32,         64,         224,        PIXELS,            "S, side of a view"),
     "min_scale":    (0.5,        0.08,       0.08,       SHARE,             "least area of a crop"),
-    "strength":     (0.5,        0.5,        1.0,        SHARE,             "of the colour jitter"),
+    "strength":     (0.5,        0.5,        1.0,        SHARE,             "strength of jitter"),
     "blur":         (0.0,        0.0,        0.5,        SHARE,             "probability"),
     "no_color":     (False,      False,      False,      FLAG,              "no jitter, no grey"),
     "no_crop":      (False,      False,      False,      FLAG,              "no random crops"),
@@ -86,7 +86,7 @@ OPTIONS = {  # fmt: skip
     "weight_decay": (1e-4,       1e-4,       1e-6,       SHARE,             "L2 penalty"),
     "warmup":       (0.1,        0.1,        0.1,        SHARE,             "share of the steps"),
 }
-# Without a GPU images up to 64 pixels have the first column, except for:
+# Without a GPU, images up to 64 pixels use the first column, except for:
 CPU = {"arch": "convnet_wide", "temperature": 0.1, "min_scale": 0.2, "epochs": common.hour(1.2e6),
        "batch_size": 256, "lr": 0.4}
 
@@ -103,7 +103,7 @@ def crops(args):
 
 
 def augment(views, args):
-    """Flip, colour jitter, grey, blur (paper, Appendix A); every image has its own draws.
+    """Flip, colour jitter, grey, blur (paper, Appendix A), drawn separately for every image.
 
     views: list of (N, 3, S, S) in [0, 1] -> the same.
     """
@@ -124,7 +124,7 @@ def augment(views, args):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for backbone.pt: RGB in [0, 1] as it is
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # for backbone.pt: RGB in [0, 1], not normalised
 
 
 def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -171,7 +171,7 @@ class SimCLR(nn.Module):
 
 
 def build(args):
-    """The untrained network, the same for the same seed."""
+    """The untrained network, determined by args.seed."""
     torch.manual_seed(args.seed)
     return SimCLR(args.arch, args.stem, args.head, args.dim)
 
@@ -210,7 +210,7 @@ def nt_xent(z1, z2, tau):
 class LARS(torch.optim.SGD):
     """Layer-wise adaptive rate scaling (You et al. 2017). Test: test_lars_equation.
 
-        r = eta |w| / |g + wd w|,   v <- mu v + r (g + wd w),   w <- w - lr v    of each tensor w
+        r = eta |w| / |g + wd w|,   v <- mu v + r (g + wd w),   w <- w - lr v   for each tensor w
 
     Where w or g + wd w is 0, r is 1. Biases and batch norm (one dimension): v <- mu v + g.
     """
@@ -239,7 +239,7 @@ def lr_at(step, steps, warmup, peak):
 
 
 def check(args):
-    """Before hours are spent, warn of what is known to go wrong."""
+    """Warn of options that are known to work badly, before hours are spent on them."""
     if args.batch_size < 64 and not args.eval:
         print("warning: a batch of fewer than 64 images has few negatives, raise --batch-size")
 
@@ -256,8 +256,8 @@ def train(args, run):
 
     # -- model
     net = build(args)
-    common.load_weights(net, args, mean=MEAN)  # of --init or --eval, if any
-    net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
+    common.load_weights(net, args, mean=MEAN)  # from --init or --eval, if given
+    net = run.place(net)  # on the device; batch norm spans all GPUs
     model, aug = run.parallel(net), run.compiled(augment)
 
     # -- optimiser
@@ -267,7 +267,7 @@ def train(args, run):
     state = {"net": net, "optimizer": optimizer, "scaler": scaler}
     run.restore(state)  # with --resume: continues at the step where the run stopped
     undo = common.Undo(net)  # puts back batch norm's statistics after a skipped step
-    run.chance = {"loss": math.log(2 * N - 1)}  # where all embeddings are equal; for the log
+    run.chance = {"loss": math.log(2 * N - 1)}  # with equal embeddings; for the log
 
     for epoch in run.epochs(data):
         for step, views in run.batches(data, epoch, crops(args)):
@@ -279,7 +279,7 @@ def train(args, run):
             with run.autocast():
                 _, z = model(torch.cat([x1, x2]))  # (2n, D)
             z1, z2 = z.float().chunk(2)  # (n, D) each
-            loss = nt_xent(run.gather(z1), run.gather(z2), args.temperature)  # of all GPUs
+            loss = nt_xent(run.gather(z1), run.gather(z2), args.temperature)  # over all GPUs
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -302,7 +302,7 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
     """Top-1 in % of logistic regression on frozen features; each part: (n, d), labels (n,).
 
     The L2 penalty is chosen on val. Without test: top-1 on val. With test: top-1 on test, after a
-    refit on fit and val together with that penalty. NaN for features that are not finite.
+    refit with that penalty on fit and val. NaN if fit or val has features that are not finite.
     """
     if not common.finite(fit, val):
         return math.nan
@@ -315,17 +315,17 @@ def linear_probe(fit, val, test=None, penalties=(1.0, 1e-1, 1e-2, 1e-3, 1e-4)):
 
 @torch.enable_grad()
 def regression_path(x, y, x_test, y_test, penalties):
-    """Fit x, y by L-BFGS, yield top-1 on x_test, y_test for each penalty, strong to weak.
+    """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
-    x is standardised, penalties are for ten classes. A fit starts from the one before. L-BFGS works
-    on v, where w = v P: P makes the loss about equally curved in all directions, which takes less
-    than half of the steps.
+    x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
+    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
+    in all directions, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # for ten classes ten times that of the loss
-    hessian.diagonal().add_(0.3)  # with a penalty of 0.03
+    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)
     b = x.new_zeros(len(v), requires_grad=True)
@@ -358,15 +358,15 @@ def accuracies(f, names, crop, splits, run):
 
 
 def central(size):
-    """The central square; over 64 pixels 7/8 of its side (SimCLR's released code: over 32)."""
+    """The central square; above 64 pixels, 7/8 of its side (SimCLR's released code: above 32)."""
     return [common.Crop(size, scale=1.0 if size <= 64 else 0.875)]
 
 
 def evaluate(net, data, args, run, test=False):
-    """Is z healthy, and how well do h and z tell the classes apart?
+    """Is z healthy, and how well do h and z separate the classes?
 
-    On validation images; with test on the test images, beside two baselines: h of the untrained
-    network, and raw pixels.
+    On validation images. With test, the accuracies are on the test images, next to those of two
+    baselines: h of the untrained network, and raw pixels.
     """
     net.eval()
     run.broadcast(net)

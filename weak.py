@@ -1,20 +1,20 @@
-"""Weak supervision: labels that are rules, of whole bags, wrong, or few
+"""Weak supervision: labels that come from rules, belong to whole bags, are wrong, or are few
 Data programming: Ratner, De Sa, Wu, Selsam, Re, NeurIPS 2016, https://arxiv.org/abs/1605.07723,
 and others, named below
 Slides: "Weak Supervised Learning (WSL)" and "How can we do Weak Supervised Learning?".
 
-A classifier is wanted and there are no good labels for it. Labels of another kind are cheap, and a
-model of how they come about says what to learn from them. In the words of the slides, rules and
-wrong labels are inaccurate, labels of bags inexact, few labels incomplete.
+We want a classifier and have no good labels for it. Weaker labels are cheap, and a model of how
+they arise tells us what to learn from them. In the words of the slides, rules and wrong labels are
+inaccurate, labels of bags inexact, few labels incomplete.
 
-    --task        what is known                   what is made of it
+    --task        what is known                   what is done with it
     labeling      rules, which vote or abstain    a label model weighs the votes by their agreement
     bags          a bag has a fish, or has none   attention finds the fish
-    noisy         labels, half of them wrong      two networks, each sorts them out for the other
-    pseudo        few labels, many images         answers that are certain become labels
+    noisy         labels, half of them wrong      two networks, each picks images for the other
+    pseudo        few labels, many images         predictions that are certain become labels
 
-A run trains the network of the method and beside it those of its floor and its ceiling, from the
-same images in the same steps (the floor of pseudo from the labelled ones alone). For a batch of N:
+A run trains the method's network and, beside it, those of its floor and its ceiling, on the same
+images in the same steps (pseudo's floor on the labelled ones only). For a batch of N:
     x = t(image)                        random augmentations              crops, augment
     h = f(x), s = head(h)               of each network                   Network.forward
     L(s, what the network is told)      of each network                   losses of the task
@@ -37,24 +37,24 @@ Symbols: x (n, 3, S, S) in [0, 1]; h (n, d); s (n, C) logits; y (n,) labels; vot
 sources, -1 abstains; posterior (n, C); mask (bags, k), true where a bag has an image; a (bags, k).
 
 Where this file departs from the papers:
-  - One frame for all: the same networks and flips, AdamW (FixMatch: SGD), and a rate that rises
-    and falls with a half cosine.
-  - labeling: EM (paper: stochastic gradients with Gibbs sampling), independent sources, classes
-    equally frequent. On the built-in set a source has a probability for each pair of class and
-    answer (Dawid & Skene 1979), for it abstains more often for some classes than for others;
-    --label-model em is the paper's, with one accuracy a source. triplets: the median of all.
-  - bags: L = 64 (paper: 128), no biases in the attention (released code: with), several bags a step
-    (released code: one). Shuffled images are cut into bags, each is in one.
+  - One setup for all tasks: the same networks and flips, AdamW (FixMatch: SGD), and a rate that
+    rises linearly and falls as half a cosine.
+  - labeling: EM (paper: stochastic gradients with Gibbs sampling), independent sources,
+    equally frequent classes. On the built-in set sources abstain more often for some classes than
+    for others, so each has a probability for every pair of class and answer (Dawid & Skene 1979);
+    --label-model em is the paper's, with one accuracy per source. triplets takes the median of all.
+  - bags: L = 64 (paper: 128), attention without biases (released code: with), several bags per step
+    (released code: one). Images are shuffled and cut into bags; each image is in exactly one.
   - noisy: at least R(T) N images are kept, as in the paper (released code: rounded down), and the
     loss is their mean (released code: divided by their number once more). T counts from 0.
-  - pseudo: strong views are smaller crops with jitter (paper: RandAugment or CTAugment, then
-    Cutout), on the built-in set without it; weak ones larger crops (paper: shifts). No
-    average of the weights, and the rate falls to 0 (paper: to about 0.2 of its peak). Lee's loss is
-    that of --threshold 0, there of one view and with a growing weight.
+  - pseudo: strong views are smaller crops with jitter, without it on the built-in set (paper:
+    RandAugment or CTAugment, then Cutout); weak ones are larger crops (paper: shifts). There is
+    no average of network weights, and the rate falls to 0 (paper: to about 0.2 of its peak).
+    --threshold 0 gives Lee's loss, but his has one view and a growing weight.
   - With several GPUs each selects among its own images.
   - What is evaluated is the classifier itself; there is no linear probe.
 
-    python weak.py --task ...    test accuracy in %, of bags AUC; mean of three seeds, on a CPU
+    python weak.py --task ...    test accuracy in %, for bags AUC; mean of three seeds, on a CPU
                 method   floor   ceiling
     labeling      92.5    85.7      99.2    labels, where a rule votes: 83.6 % right, majority 71.6
     bags         100.0    95.3     100.0    images by attention: 100.0
@@ -78,7 +78,7 @@ from common import FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, one_of
 # ==================================================================================================
 
 NETS = one_of(["convnet", "convnet_wide", "resnet18", "resnet34", "resnet50"])
-NETWORKS = {  # task: the network of the method, perhaps its peer, those of floor and ceiling
+NETWORKS = {  # task: the method's network, in noisy its peer, then those of floor and ceiling
     "labeling": ["label_model", "majority", "truth"],
     "bags": ["bags", "mean", "images"],  # the last one is told which images are positive
     "noisy": ["coteaching", "peer", "plain", "clean"],
@@ -87,7 +87,7 @@ NETWORKS = {  # task: the network of the method, perhaps its peer, those of floo
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones;
 # the last two have not been measured. In the second column lr, batch and T_k are those of Han et
-# al. 2018 for CIFAR-10, mu and the threshold those of FixMatch, which has a batch of 512 in all.
+# al. 2018 for CIFAR-10, mu and the threshold those of FixMatch, which has a total batch of 512.
 # common.py adds --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in     to 64 px     larger       allowed         meaning
@@ -95,13 +95,13 @@ OPTIONS = {  # fmt: skip
     "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"}, "labeling: a file"),
     "label_model":  ("by-class",  "em",        "em",        "em|by-class|triplets", "labeling"),
     "pool":         ("attention", "attention", "attention", "attention|gated|max|mean|noisy-or",
-                     "bags: how they are pooled"),
+                     "bags: how images are pooled"),
     "positive":     (0,           0,           0,           FROM_0,         "bags: class to find"),
-    "bag_size":     (10,          10,          10,          FROM_2,         "bags: images at most"),
-    "noise":        ("symmetric", "symmetric", "symmetric", "symmetric|pair", "noisy: its kind"),
-    "rate":         (0.5,         0.5,         0.5,         SHARE,          "noisy: wrong labels"),
+    "bag_size":     (10,          10,          10,          FROM_2,         "bags: maximum size"),
+    "noise":        ("symmetric", "symmetric", "symmetric", "symmetric|pair", "noisy: which kind"),
+    "rate":         (0.5,         0.5,         0.5,         SHARE,          "noisy: share wrong"),
     "keep_warmup":  (4,           10,          10,          FROM_1,         "noisy: T_k, epochs"),
-    "labels":       (10,          25,          25,          FROM_1,         "pseudo: a class"),
+    "labels":       (10,          25,          25,          FROM_1,         "pseudo: per class"),
     "mu":           (3,           7,           7,           FROM_1,         "pseudo: rest / few"),
     "threshold":    (0.8,         0.95,        0.95,        SHARE,          "pseudo: certainty"),
     "strength":     (0.0,         0.5,         0.5,         SHARE,          "pseudo: of jitter"),
@@ -115,7 +115,7 @@ OPTIONS = {  # fmt: skip
     "weight_decay": (0.01,        0.01,        0.01,        SHARE,          "of AdamW"),
     "warmup":       (0.1,         0.1,         0.1,         SHARE,          "share of the steps"),
 }
-# Without a GPU images up to 64 pixels have the first column, but for what was made for toys:
+# Without a GPU, images up to 64 pixels use the first column, except for what was made for toys:
 CPU = {"label_model": "em", "strength": 0.5}
 
 # ==================================================================================================
@@ -124,7 +124,7 @@ CPU = {"label_model": "em", "strength": 0.5}
 
 
 def crops(args):
-    """A random crop of every image, for pseudo a larger and a smaller one, for noisy all of it."""
+    """A random crop of every image; for pseudo a larger and a smaller one, for noisy the centre."""
     if args.task == "noisy":
         return [common.Crop(args.image_size, 1.0)]
     crop = common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3))
@@ -134,7 +134,7 @@ def crops(args):
 
 
 def augment(views, args):
-    """Flip, and of pseudo's strong view colour jitter; every image has its own draws.
+    """Flip, and colour jitter of pseudo's strong view, drawn separately for every image.
 
     views: list of (N, 3, S, S) in [0, 1] -> the same.
     """
@@ -149,7 +149,7 @@ def augment(views, args):
 # Model
 # ==================================================================================================
 
-MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network sees RGB in [0, 1] as it is
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the network gets RGB in [0, 1], not normalised
 
 
 def encoder(arch, stem, norm_layer=nn.BatchNorm2d):
@@ -178,10 +178,10 @@ ENCODER = common.source(encoder)  # printed at the end of a run
 
 
 class Network(nn.Module):
-    """f and a head, and others of the same kind, by name, that share no weight with it.
+    """f and a head, and other such networks, by name, that share no weights with them.
 
-    x (n, 3, S, S), and inputs of the others or none -> h (n, d), s (n, C), and the s of the others.
-    With a mask the n images are in bags, and s is that of Bag.
+    x (n, 3, S, S), and the others' inputs, if any -> h (n, d), s (n, C), and the s of the others.
+    With a mask the n images form bags, and s is the output of Bag.
     """
 
     def __init__(self, args, name, others=()):
@@ -202,7 +202,7 @@ class Network(nn.Module):
 
 
 def build(args):
-    """The untrained networks, the same for the same seed."""
+    """The untrained networks, determined by args.seed."""
     torch.manual_seed(args.seed)
     name, *others = NETWORKS[args.task]
     return Network(args, name, others)
@@ -214,7 +214,7 @@ def build(args):
 def attention_pool(h, mask, V, w, U=None):
     """Attention over the images of a bag (Ilse et al. 2018; with U it is gated):
 
-        z = sum_k a_k h_k,   a_k = exp(e_k) / sum_j exp(e_j),   over the images that are there
+        z = sum_k a_k h_k,   a_k = exp(e_k) / sum_j exp(e_j),   over the images in the bag
         e_k = w . tanh(V h_k),   gated: w . ( tanh(V h_k) * sigmoid(U h_k) )
 
     h: (bags, k, d), mask: (bags, k), V, U: (L, d), w: (L,) -> z (bags, d), a (bags, k).
@@ -228,8 +228,8 @@ def attention_pool(h, mask, V, w, U=None):
 
 
 def noisy_or(s, mask):
-    """A bag is negative if each image is, by itself: the logit of p = 1 - prod_k (1 - p_k), with
-    p_k = sigmoid(s_k). s, mask: (bags, k) -> (bags,). Test: test_pools."""
+    """A bag is negative if every image is, independently: the logit of p = 1 - prod_k (1 - p_k),
+    with p_k = sigmoid(s_k). s, mask: (bags, k) -> (bags,). Test: test_pools."""
     none = (F.softplus(s) * mask).sum(1)  # -log(1 - p)
     return none + torch.log(-torch.expm1(-none))
 
@@ -242,8 +242,8 @@ POOLS = {  # s, mask (bags, k) -> (bags,)
 
 
 class Bag(nn.Module):
-    """The head for bags: h (n, d) of all their images in turn, mask (bags, k) -> (bags, 1 + k): the
-    logit of the bag, then for every image its attention, or its logit where logits are pooled."""
+    """The head for bags: h (n, d) of all images, bag by bag, mask (bags, k) -> (bags, 1 + k): the
+    bag's logit, then for every image its attention, or its logit if logits are pooled."""
 
     def __init__(self, d, pool, L=64):
         super().__init__()
@@ -268,9 +268,9 @@ class Bag(nn.Module):
 
 # Labelling: rules, for the built-in set -----------------------------------------------------------
 
-# A source is a measure of the image. Along its values it votes for these things, and at - for none.
-# The bounds were read off training images of every kind. Some rules are good, some are poor, which
-# is what the label model has to find out without labels.
+# A source measures an image. From low to high values it votes for these things, at - for none; the
+# numbers are the bounds, read off training images of every kind. Some rules are good, some poor,
+# and the label model has to find out which without labels.
 RULES = """
     tall     fish 0.65 car 0.80 - 0.90 cup 0.99 - 1.04 flower 1.12 house 1.25 tree 1.60 bottle
     hangs    boat -0.30 bag -0.12 - 0.35 tree
@@ -281,8 +281,8 @@ RULES = """
 
 
 def measures(x):
-    """What rules ask of an image: x (n, 3, S, S), a bright thing on a quiet ground -> name: n
-    values. Moments of the thing's pixels, wherever it is and however large, and its texture."""
+    """The measures behind RULES: x (n, 3, S, S), a bright thing on a plain background -> name: n
+    values. Moments of the thing's pixels, whatever its place and size, and its texture."""
     smooth = F.avg_pool2d(common.to_grey(x), 3, 1, 1)  # (n, 1, S, S)
     ground = smooth.flatten(1).median(1).values.view(-1, 1, 1, 1)
     thing = (smooth > ground + 0.1).float()
@@ -305,7 +305,7 @@ def measures(x):
         "hangs": mean(row**3),  # a tail below
         "widens": mean(column**2 * row),  # towards its foot
         "sides": mean(column**4),  # far out
-        "stripes": (across / down).log(),  # upright, or lying
+        "stripes": (across / down).log(),  # vertical if above 0
     }
 
 
@@ -340,19 +340,19 @@ def read_votes(path, n):
 
 
 def majority(votes, classes):
-    """The classes with most votes, in equal shares: (n, m) -> (n, C)."""
+    """The classes with the most votes, in equal shares: (n, m) -> (n, C)."""
     counts = F.one_hot(votes + 1, classes + 1)[:, :, 1:].sum(1)
     most = counts == counts.amax(1, keepdim=True)
     return most / most.sum(1, keepdim=True).double()
 
 
 def answers(accuracies, classes):
-    """P (m, C, 1 + C): what a source answers to a class (Ratner et al. 2016):
+    """P (m, C, 1 + C), probabilities of a source's answers, given the class (Ratner et al. 2016):
 
         P[i, y, 0] = 1 - beta_i,   it abstains
         P[i, y, 1 + v] = beta_i alpha_i   if v = y,   else beta_i (1 - alpha_i) / (C - 1)
 
-    With beta 1/2: it does not matter to the posterior. Test: test_posterior_equation.
+    beta is set to 1/2, as it cancels in the posterior. Test: test_posterior_equation.
     """
     errors = (1 - accuracies).clamp(1e-4, 1 - 1e-4).view(-1, 1, 1)
     votes = transition("symmetric", errors, classes)
@@ -360,13 +360,13 @@ def answers(accuracies, classes):
 
 
 def share_right(P):
-    """Of what each source says of the classes, P (m, C, 1 + C), the share of right votes: (m,)."""
+    """The share of each source's votes that are right, from its answers P (m, C, 1 + C) -> (m,)."""
     votes = P[:, :, 1:]
     return votes.diagonal(dim1=1, dim2=2).sum(1) / votes.sum((1, 2))
 
 
 def posterior(votes, P):
-    """P(y | votes) of sources that answer independently and classes that are equally frequent
+    """P(y | votes) for sources that answer independently and classes that are equally frequent
     (Ratner et al. 2016):
 
         P(y | votes) = prod_i P[i, y, 1 + votes_i] / sum_y' prod_i P[i, y', 1 + votes_i]
@@ -383,7 +383,7 @@ def triplets(votes):
 
         a_i^2 = E[v_i v_j] E[v_i v_k] / E[v_j v_k],   here the median over all j, k
 
-    The sign is that of the agreement with all others. Test: test_triplets.
+    The sign of a_i is that of its agreement with all others. Test: test_triplets.
     """
     v = torch.where(votes < 0, 0, 2 * votes - 1).double()  # (n, m), 0 where it abstains
     E = (v.T @ v) / (v.T.abs() @ v.abs())
@@ -394,13 +394,13 @@ def triplets(votes):
 
 
 def label_model(votes, classes, method="em", steps=100):
-    """What the agreement of m sources says of each, and of the labels, without any label.
+    """Infer how accurate m sources are, and the labels, from the agreement of their votes alone.
 
-    votes: (n, m) int, -1 abstains -> accuracies (m,) where it votes, posterior (n, C) double.
+    votes: (n, m) int, -1 abstains -> accuracies (m,) of votes, posterior (n, C) double.
     method: "em", Ratner's model; "by-class", any P (Dawid & Skene 1979), with the counts under the
     majority vote as a prior; "triplets", for two classes.
-    EM begins with the majority: from its opposite it finds the same likelihood with two classes
-    exchanged. Tests: test_planted_accuracies, test_em_never_loses_likelihood.
+    EM begins with the majority: from the opposite it would find the same likelihood, with two
+    classes swapped. Tests: test_planted_accuracies, test_em_never_loses_likelihood.
     """
     if method == "triplets":
         P = answers(triplets(votes), classes)
@@ -409,7 +409,7 @@ def label_model(votes, classes, method="em", steps=100):
     q = majority(votes, classes)
     first = torch.einsum("nmv,ny->myv", cast, q)
     for _ in range(steps):
-        counts = torch.einsum("nmv,ny->myv", cast, q)  # how often i has answered v to y
+        counts = torch.einsum("nmv,ny->myv", cast, q)  # how often source m answered v to y
         if method == "em":
             P = answers(share_right(counts), classes)
         else:
@@ -435,11 +435,11 @@ def noise_aware_loss(s, target):
 
 
 def bag_loss(s, y, mask):
-    """Log-likelihood of Bernoulli labels (Ilse et al. 2018), p = sigmoid(s), where mask is true:
+    """Binary cross-entropy of labels (Ilse et al. 2018), p = sigmoid(s), where mask is true:
 
         L = -1/n sum_i [ y_i log p_i + (1 - y_i) log(1 - p_i) ]
 
-    s, y, mask: of one shape, y and mask bool, n of them true -> scalar.
+    s, y, mask: of the same shape, y and mask bool; mask has n true entries -> scalar.
     Test: test_bag_loss_equation.
     """
     losses = F.binary_cross_entropy_with_logits(s, y.to(s.dtype), reduction="none")
@@ -447,14 +447,14 @@ def bag_loss(s, y, mask):
 
 
 def small_loss(losses, keep):
-    """The images with the smallest losses, a share of at least `keep` of them (Han et al. 2018,
+    """The images with the smallest losses, at least a share `keep` of all (Han et al. 2018,
     Algorithm 1). losses: (n,) -> index. Test: test_coteaching_is_algorithm_1."""
     n = max(1, math.ceil(keep * len(losses) - 1e-6))  # 0.55 * 20 is 11.000000000000002
     return losses.topk(n, largest=False).indices
 
 
 def coteaching_losses(losses_f, losses_g, keep):
-    """Each network learns what the other has kept (Han et al. 2018, Algorithm 1):
+    """Each network learns from images that the other keeps (Han et al. 2018, Algorithm 1):
 
         L_f = mean of losses_f where losses_g are small,   L_g = the other way round
 
@@ -467,11 +467,11 @@ def coteaching_losses(losses_f, losses_g, keep):
 
 
 def fixmatch_loss(weak_logits, strong_logits, threshold):
-    """Of unlabelled images (Sohn et al. 2020), with q = softmax(weak), p = softmax(strong):
+    """The loss on unlabelled images (Sohn et al. 2020), q = softmax(weak), p = softmax(strong):
 
         L = -1/n sum_i [ max_y q_iy >= threshold ] log p_i,y^   with   y^ = argmax_y q_iy
 
-    (n, C) both -> scalar, the mean over all n. No gradient to q. With twice the same logits and
+    Both (n, C) -> scalar, the mean over all n. No gradient to q. With the same logits twice and
     threshold 0 it is the loss of Lee 2013. Test: test_fixmatch_equation.
     """
     certainty, y = weak_logits.detach().softmax(1).max(1)
@@ -483,7 +483,7 @@ def fixmatch_loss(weak_logits, strong_logits, threshold):
 # EMA / queue / centre
 # ==================================================================================================
 
-# None: pseudo-labels are what the network itself says in the same step.
+# None: pseudo-labels are what the network itself predicts in the same step.
 
 # ==================================================================================================
 # Training
@@ -498,7 +498,7 @@ def lr_at(step, steps, warmup, peak):
 
 
 def keep_rate(epoch, tau, warmup):
-    """R(T) = 1 - min( T / T_k tau, tau ), the share of images that is kept: all at first, as wrong
+    """R(T) = 1 - min( T / T_k tau, tau ), the share of images to keep: all at first, as wrong
     labels are learned last (Han et al. 2018, Algorithm 1). tau: share of wrong labels, warmup: T_k.
     Test: test_keep_rate."""
     return 1 - min(epoch / warmup * tau, tau)
@@ -513,7 +513,7 @@ def transition(kind, rate, classes):
 
 
 def cut_bags(index, size, seed):
-    """Shuffle images and cut them into bags of size / 2 to size, the last one of what is left ->
+    """Shuffle images and cut them into bags of size / 2 to size, the last one from the rest ->
     (bags, k), -1: no image."""
     mix = torch.Generator().manual_seed(seed)
     cuts = torch.randint(size // 2, size + 1, (len(index),), generator=mix).cumsum(0)
@@ -523,11 +523,11 @@ def cut_bags(index, size, seed):
 
 
 class Batches:
-    """For run.batches: views of the images of a task, and in `index` which ones they are.
+    """For run.batches: views of a task's images; the attribute `index` holds which ones they are.
 
-    parts: (rows, count), from each so many rows a step, in an order that is drawn anew in every
-    epoch, and when it is used up. A row is an image or a bag: (n, 1) or (n, k), -1 where a bag has
-    no image.
+    parts: pairs (rows, count). A step takes count rows of each, in an order that is drawn anew in
+    every epoch, and whenever all are used up. A row is an image or a bag: (n, 1) or (n, k), -1
+    where a bag has no image.
     """
 
     def __init__(self, data, parts):
@@ -548,7 +548,7 @@ class Batches:
         items = common.batches(self.data.train, order[there], sizes, crops, run.device,
                                run.args.workers, (seed, number, run.rank), first)
         for (views, read), index in zip(items, order.to(run.device)):
-            # which were read: for a broken file another one
+            # those that were read: a broken file is replaced
             self.index = index.masked_scatter(index >= 0, common.to_device(read, run.device))
             yield views, self.index
 
@@ -560,7 +560,7 @@ class Batches:
 
 
 def same_for_all(views, index):
-    """The same images for each network; zip in Network.forward drops those that are too many."""
+    """The same images for each network; zip in Network.forward drops the surplus copies."""
     return views * 4, None
 
 
@@ -579,9 +579,9 @@ def labeling(args, data, run):
         votes = read_votes(args.votes, args.images)
     C = args.classes = max(args.classes, 1 + int(votes.max()))
     if C < 2:
-        common.fail("the sources vote for one class at most, there is nothing to learn")
+        common.fail("the sources vote for one class at most, so there is nothing to learn")
     if args.label_model == "triplets" and (C > 2 or votes.shape[1] < 3):
-        common.fail(f"triplets are of 3 sources and 2 classes, not {votes.shape[1]} and {C}")
+        common.fail(f"triplets need 3 or more sources and 2 classes, not {votes.shape[1]} and {C}")
     _, labels = label_model(votes, C, args.label_model)
     truth = F.one_hot(data.train.labels + 1, C + 1)[:, 1:]  # all 0, so no loss, if unknown
     targets = torch.stack([labels, majority(votes, C), truth]).float().to(run.device)
@@ -589,7 +589,7 @@ def labeling(args, data, run):
     fit = not_held_out(data)
     fit = fit[voted[fit]]
     if not len(fit) or not torch.isfinite(targets).all():
-        common.fail("the sources vote on no image for training, or two of them never on the same")
+        common.fail("the sources vote on no training image, or two of them never on the same one")
     known = voted & (data.train.labels >= 0)
     for name, guess in zip(NETWORKS["labeling"], targets[:2, known] if data.labelled else []):
         right = guess.argmax(1).cpu() == data.train.labels[known]
@@ -602,7 +602,7 @@ def labeling(args, data, run):
 
 
 def bags(args, data, run):
-    """Labels of bags: is there an image of the class in it? The last network is told in which."""
+    """Labels of bags: whether a bag has an image of the class. The last network is told which."""
     rows = cut_bags(data.fit[1], args.bag_size, args.seed)
     positive = (data.train.labels == args.positive).to(run.device)
     have = positive.cpu()[rows] & (rows >= 0)
@@ -662,7 +662,7 @@ def pseudo(args, data, run):
     few = torch.cat([index[y == c][: args.labels] for c in range(args.classes)])
     print(f"{len(few):,} of {len(index):,} images have a label")
     count = args.batch_size // (1 + args.mu)  # B
-    n = count // run.world  # of this process; in its batch they come first
+    n = count // run.world  # in this process; they come first in its batch
 
     def inputs(views, index):
         weak, strong = views
@@ -688,28 +688,28 @@ TOLD = dict(zip(NETWORKS, [labeling, bags, noisy, pseudo]))
 
 
 def check(args, data, run):
-    """Before hours are spent, say what cannot work."""
+    """Reject options that cannot work and warn of bad ones, before hours are spent on them."""
     if args.labelled:
-        common.fail("--labelled is for the probes of other files: weak labels are of the images")
+        common.fail("--labelled is for the probes of other files: weak labels belong to --dataset")
     if args.eval:
         return
     if args.votes != "rules" and data.numbers:
-        common.fail("--votes FILE is for all training images, not with --limit")
+        common.fail("--votes FILE has a row for every training image: not with --limit")
     part = {"bags": args.bag_size, "pseudo": 1 + args.mu}.get(args.task, 1)
     if args.batch_size < part or args.batch_size // part % run.world:
-        common.fail(f"--batch-size {args.batch_size} has to hold {part} images as often as there "
-                    f"are processes, {run.world}, or a multiple of that")
+        common.fail(f"--batch-size {args.batch_size} has to hold {part} images for each of "
+                    f"{run.world} processes, or a multiple of that")
     if args.task == "labeling" and args.votes == "rules" and args.dataset != common.BUILT_IN:
-        common.fail("the rules know the built-in set alone: --task labeling needs --votes FILE")
+        common.fail("the rules are for the built-in set only: --task labeling needs --votes FILE")
     if args.task == "labeling" and args.votes == "rules" and args.image_size != 32:
-        print("warning: the rules were written for images of 32 pixels, at others more are wrong")
+        print("warning: the rules are for images of 32 pixels; at other sizes more votes are wrong")
     if args.task != "labeling" and args.classes <= max(args.positive, 1):
-        common.fail(f"--task {args.task} makes weak labels of true ones: images of two classes at "
-                    "least are needed, and --positive is one of them")
+        common.fail(f"--task {args.task} makes weak labels from true ones: it needs at least two "
+                    "classes, and --positive has to be one of them")
     if args.task == "noisy":
         right, *wrong = transition(args.noise, args.rate, args.classes)[0].tolist()
         if right <= max(wrong):
-            print("warning: a wrong label is as frequent as the right one: lower --rate")
+            print("warning: a wrong label is at least as frequent as the right one: lower --rate")
 
 
 def train(args, run):
@@ -730,13 +730,13 @@ def train(args, run):
 
     # -- model
     net = build(args)
-    args.classifies = common.load_weights(net, args, mean=MEAN)  # of --init or --eval
-    for other in net.others.values() if not args.classifies else ():  # a backbone alone
+    args.classifies = common.load_weights(net, args, mean=MEAN)  # from --init or --eval, if given
+    for other in net.others.values() if not args.classifies else ():  # only a backbone was loaded
         other.backbone.load_state_dict(net.backbone.state_dict())
     if made.get("names", args.names) != args.names:
         print("the file was trained on other classes than these: no accuracies")
         args.classifies = False
-    net = run.place(net)  # on the device; with several GPUs batch norm is over all of them
+    net = run.place(net)  # on the device; batch norm spans all GPUs
     model, aug = run.parallel(net), run.compiled(augment)
 
     # -- optimiser
@@ -759,7 +759,7 @@ def train(args, run):
             with run.autocast():
                 _, *s = model(*x, mask=mask)  # s (n, C) of each network
             terms, figures = losses([each.float() for each in s], batches.index, step)
-            loss = sum(terms)  # the networks share no weight: each has the gradient of its own
+            loss = sum(terms)  # the networks share no weights: each gets only its own gradient
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -779,15 +779,15 @@ def train(args, run):
 
 
 def auc(s, y, mask):
-    """In %, of all pairs of a true and a false y in one row, those that s has in order. Where mask
-    is false there is nothing. s, y, mask: (rows, k)."""
+    """The share in % of pairs of a true and a false y in one row that s puts in the right order.
+    Entries where mask is false are ignored. s, y, mask: (rows, k)."""
     pairs = (y & mask).unsqueeze(2) & (~y & mask).unsqueeze(1)  # (rows, k, k)
     return 100 * (s.unsqueeze(2) > s.unsqueeze(1))[pairs].cpu().double().mean().item()
 
 
 def scores(net, part, args, run):
-    """Of every network on part = (images, index) the accuracy in %; for bags the AUC in % of bags,
-    and of the images within positive ones, by attention or logit."""
+    """The accuracy in % of every network on part = (images, index); for bags the AUC in % of bags,
+    and that of the images within positive bags, by attention or logit."""
     nets = [net, *net.others.values()]
     *hs, y = common.embed(
         lambda views: [each.backbone(*views) for each in nets],
@@ -811,10 +811,10 @@ def scores(net, part, args, run):
 
 
 def evaluate(net, data, args, run, test=False):
-    """Is h healthy, and how well do the networks classify, the method's between floor and ceiling?
+    """Is h healthy, and how well do the networks classify, the method's next to floor and ceiling?
 
     On validation images; with test on the test images. With wrong labels the last network need not
-    be the best: for noisy best_val_ is the best that an evaluation has found on validation images.
+    be the best: for noisy, best_val_ is the best accuracy of any evaluation on validation images.
     """
     net.eval()
     run.broadcast(net)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything behind the CIFAR-10 figures, from the root; stages in this order are `all`:
+# Everything behind the CIFAR-10 results, from the root; `all` is these stages in this order:
 #
 #   bash benchmarks/cifar10.sh STAGE ... [-- OPTIONS of every run]
 #
@@ -13,18 +13,18 @@
 #
 # and, not in `all`, for a machine without a GPU:
 #
-#   cpu          the CPU's recipes: up to an hour a file on one core
+#   cpu          the CPU recipes: up to an hour per file on one core
 #
-# The others are for one GPU, with --compile. What is finished is left alone and what was cut goes on
-# where it was, so the same command can be given again. Every method trained there is evaluated again
-# with the 200 neighbours of the published figures (-k200-).
+# The others are for one GPU, with --compile. Finished runs are skipped, interrupted ones resumed,
+# so the same command can be given again. Every method trained there is evaluated again with the 200
+# neighbours of the published results (-k200-).
 #
 # DATA: a set or a folder <split>/<class>/* (cifar10). PYTHON, SEEDS ("0").
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} seeds=${SEEDS:-0} data=${DATA:-cifar10}
 name=$(basename "$data")
-# lightly's for this network and set: SGD, batch norm in the head, no local crops
+# lightly's recipe for this network and set: SGD, batch norm in the head, no local crops
 dino_resnet=(--arch resnet18 --optimizer sgd --lr 0.12 --weight-decay 5e-4 --weight-decay-end 5e-4
     --head-bn --out-dim 2048 --tau-t 0.04 --m 0.99 --local-crops 0)
 order=(throughput supervised simclr80 main rest long table)
@@ -42,7 +42,7 @@ run() { # FOLDER COMMAND ...
         echo "$out is finished: skipped"
         return
     fi
-    # what was killed before its first last.pt begins anew in the same folder
+    # a run killed before its first last.pt starts over in the same folder
     if [ -f "$out/last.pt" ]; then resume=(--resume); else rm -f "$out/args.json"; fi
     $python "$@" --out "$out" "${resume[@]}" "${options[@]}"
 }
@@ -60,7 +60,7 @@ train() { # METHOD NAME EPOCHS OPTIONS ...
 throughput() {
     local method
     for method in simclr moco byol dino ibot dinov2 pretext; do
-        if [ -f "benchmarks/throughput-$method-224.csv" ]; then # the last that is written
+        if [ -f "benchmarks/throughput-$method-224.csv" ]; then # written last
             echo "benchmarks/throughput-$method-224.csv is there: skipped"
         else
             bash benchmarks/run.sh "$method" throughput "${options[@]}"
@@ -100,7 +100,7 @@ long() {
     train dino dino-resnet18 1000 "${dino_resnet[@]}"
 }
 
-cpu() { # what each file takes by itself without a GPU, and the ceilings
+cpu() { # the recipe that each file takes without a GPU, and the ceilings
     local seed method
     for seed in $seeds; do
         for method in simclr moco byol pretext dino ibot dinov2; do

@@ -2,10 +2,10 @@
 
     python benchmarks/course.py --name '*-cifar10-cpu-s*' --out benchmarks/cifar10-cpu
 
-Every evaluation of a run on validation images is a row of OUT.csv, with the minutes that its epochs
-took, and a point of OUT.png, a line per run and a colour per method. Level lines are raw pixels,
-untrained networks, and the same networks with labels (supervised.py, after its last epoch), means
-over the runs, of test images. Rows of other runs that the CSV has stay in it.
+Every evaluation of a run on validation images is a row of OUT.csv, with the minutes of training up
+to it, and a point of OUT.png, with a line per run and a colour per method. Horizontal lines are raw
+pixels, untrained networks, and the same networks with labels (supervised.py, after its last epoch),
+on test images, means over the runs. Rows of other runs stay in the CSV.
 """
 
 import argparse
@@ -23,7 +23,7 @@ COLOURS = {name: f"C{i}" for i, name in enumerate(NAMES)}  # of matplotlib
 
 
 def rows_of(folder):
-    """A row for each evaluation. An epoch that was cut and resumed counts by its second part."""
+    """A row for each evaluation. An epoch that was interrupted is timed by its second part."""
     results = json.loads((folder / "results.json").read_text())
     first = {"run": folder.name, "method": results["method"], "arch": results["arch"]}
     if results.get("supervised_top1"):
@@ -37,7 +37,7 @@ def rows_of(folder):
 
 
 def merge(path, rows):
-    """Write the CSV: these rows, and those of other runs that it has -> all of them, as text."""
+    """Write the CSV: these rows, and those of other runs already in it -> all, as text."""
     made, held = {row["run"] for row in rows}, []
     if path.exists():
         with path.open() as file:
@@ -78,7 +78,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--runs", default="runs", help="folder of the runs (runs)")
     p.add_argument("--name", default="*", help="which of them, a pattern (*)")
-    p.add_argument("--out", required=True, help="CSV and PNG to write, without their ends")
+    p.add_argument("--out", required=True, help="CSV and PNG to write, without suffix")
     args = p.parse_args(argv)
     files = sorted(Path(args.runs).glob(f"{args.name}/results.json"))
     folders = [f.parent for f in files if not json.loads(f.read_text()).get("eval")]

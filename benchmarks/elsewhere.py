@@ -1,16 +1,16 @@
-"""Where does a run lose time beside its steps? A whole run of a method, with a stop-watch.
+"""Where does a run spend time besides its steps? A whole run of a method, timed.
 
     python benchmarks/elsewhere.py simclr
     python benchmarks/elsewhere.py dino --dataset cifar10 --epochs 20 --compile --out dino.csv
 
 Options that are not in --help are those of METHOD.py; the files of the run itself go to a temporary
-folder. Printed are seconds, and their share of this run and of one with --of epochs. There the
-parts of PER_EPOCH are more, last.pt is written once a minute, and the others, four evaluations
-among them, cost what they cost here.
+folder. It prints the seconds of each part, and its share of this run and of one with --of epochs,
+in which the parts of PER_EPOCH grow with the epochs, last.pt is written once a minute, and the
+others, four evaluations among them, cost what they cost here.
 
-Every second is in one part. "First step" is what it takes longer than the others (with --compile it
-compiles). A GPU's steps are counted where the program waits for it: every tenth step, and at the
-end of an epoch.
+Every second is in one part. "first step" is what the first step takes beyond the others (with
+--compile, compiling). A GPU's steps are counted where the program waits for it: every tenth step,
+and at the end of an epoch.
 """
 
 import argparse
@@ -29,14 +29,14 @@ PER_EPOCH = "steps", "end of an epoch", "metrics.jsonl"
 
 
 class Watched(common.Run):
-    """A run that notes what its parts take; parts: name -> list of seconds."""
+    """A run that times its parts; parts: name -> list of seconds."""
 
     def __init__(self, args):
         self.parts, self.last = {}, time.perf_counter()
         super().__init__(args)
 
     def lap(self, name):
-        """What was done since the last lap is called so."""
+        """Time since the last lap goes to this part."""
         now = time.perf_counter()
         self.parts.setdefault(name, []).append(now - self.last)
         self.last = now
@@ -82,7 +82,7 @@ def measure(method, args):
         run.finish(net.backbone, results, method.MEAN, method.STD, method.loading(args))
     first, *others = run.parts["steps"]
     if not others:
-        common.fail("a run of one step has nothing to compare: more --epochs or images")
+        common.fail("a run of one step has nothing to compare with: give more --epochs or images")
     usual = statistics.median(others)
     return run.parts | {"steps": [usual, *others], "first step": [first - usual]}
 
@@ -90,7 +90,7 @@ def measure(method, args):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
-    p.add_argument("--of", type=int, default=200, help="epochs of the run to come (200)")
+    p.add_argument("--of", type=int, default=200, help="epochs of the longer run (200)")
     p.add_argument("--out", help="CSV to write")
     own, options = p.parse_known_args(argv)
     method = importlib.import_module(own.method)

@@ -3,10 +3,10 @@
     python benchmarks/figure.py --csv benchmarks/cifar10.csv --name '*-cifar10-e*' --peers \\
         --out benchmarks/cifar10.png
 
-A colour per method, a line through its budgets of epochs, bars of a standard deviation over seeds.
-Level lines: floors, and the same networks with labels (supervised.py), means over the experiments.
-With --peers also figures of other code, in the colour of the method, and k-NN is that of the -k200
-evaluations, with as many neighbours as theirs (ceilings: with 20).
+A colour per method, a line through its epoch budgets, error bars of one standard deviation over
+seeds. Horizontal lines: floors, and the same networks with labels (supervised.py), means over the
+experiments. With --peers also the results of other code, in the colour of the method; k-NN is then
+that of the -k200 evaluations, with as many neighbours as theirs (ceilings: with 20).
 """
 
 import argparse
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 PANELS = {"linear_top1": "linear probe", "knn_top1": "k-NN"}
-PEERS = {  # CIFAR-10, ResNet-18: method, whose figure, minutes, top-1
-    "linear_top1": [  # solo-learn's README, classifier trained along
+PEERS = {  # CIFAR-10, ResNet-18: method, whose result, minutes, top-1
+    "linear_top1": [  # solo-learn's README, classifier trained alongside
         ("simclr", "solo-learn, 1000 epochs", None, 90.74),
         ("moco", "solo-learn, v2+, 1000 epochs", None, 92.94),
         ("byol", "solo-learn, 1000 epochs", None, 92.58),
@@ -50,8 +50,8 @@ def network_of(row):
 
 
 def points(rows, key, suffix=""):
-    """method -> [(epochs, minutes, top-1, deviation)]. suffix: of the evaluations that top-1 is
-    from; the minutes are those of the training, whose name has none, but where one run did both."""
+    """method -> [(epochs, minutes, top-1, deviation)]. suffix: of the runs whose
+    top-1 counts; the minutes are from the training, whose name has none, unless a run did both."""
     table, found = {row["experiment"]: row for row in rows}, {}
     for name, row in table.items():
         seconds = float(row["train_seconds"])
@@ -107,9 +107,9 @@ def panel(ax, key, rows, peers):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--csv", required=True, help="of table.py")
+    p.add_argument("--csv", required=True, help="CSV of table.py")
     p.add_argument("--name", default="*", help="which experiments, a pattern (*)")
-    p.add_argument("--peers", action="store_true", help="also CIFAR-10 figures of other code")
+    p.add_argument("--peers", action="store_true", help="also CIFAR-10 results of other code")
     p.add_argument("--out", required=True, help="PNG to write")
     args = p.parse_args(argv)
     with open(args.csv) as file:

@@ -1,11 +1,11 @@
-"""How much of a file do its tests hold? Changes to its losses and its step, one at a time.
+"""How much of a file do its tests pin down? Changes to its losses and step, one at a time.
 
-    python benchmarks/mutation.py simclr    writes the rows of simclr in benchmarks/mutation.csv
+    python benchmarks/mutation.py simclr    writes the rows of simclr to benchmarks/mutation.csv
 
 In the sections "Loss" and "EMA / queue / centre" and the block `# -- step`, each operator, number,
 order of arguments or results, condition and detach is changed, and each statement without a result
-left out. The tests of the file run with the changed source in memory; a mutant is killed if one of
-them fails. What survives is a missing test, or stands in EQUIVALENT with the reason.
+is left out. The tests of the file run with the changed source in memory; a mutant is killed if one
+of them fails. One that survives shows a missing test, or is in EQUIVALENT with the reason.
 """
 
 import argparse
@@ -33,10 +33,10 @@ STEP = "algorithm or what_runs or processes or second_process or thaws or paths"
 
 ALIKE = "the two views are drawn alike, and the loss is symmetric"
 ONE_TYPE = "all parameters have one dtype and device"
-INDEX = "which ones are taken has no gradient; less is kept for it"
+INDEX = "the choice has no gradient; detach saves memory"
 BROADCAST = "(K,) is broadcast as (1, K) is"
 NEAREST = "nearest = (x @ x.T).detach().fill_diagonal_(-2.0).argmax(1)"
-EQUIVALENT = {  # (code, change) -> why nothing can tell it
+EQUIVALENT = {  # (code, change) -> why no test can tell
     ("z = F.normalize(torch.cat([z1, z2]), dim=1)", "[z1, z2] -> ([z2, z1])"): ALIKE,
     ("x1, x2 = aug(views, args)", "(x1, x2) -> ((x2, x1))"): ALIKE,
     ("_, z = model(torch.cat([x1, x2]))", "[x1, x2] -> ([x2, x1])"): ALIKE,
@@ -56,7 +56,7 @@ EQUIVALENT = {  # (code, change) -> why nothing can tell it
      "(((center_patch[0], t_patch.flatten(0, 1)), (center, t)))"): "neither centre needs the other",
     (NEAREST, "1 -> (0)"): "cosines are symmetric",
     (NEAREST, "2.0 -> (4.0)"): "both are below all cosines",
-    (NEAREST, "(x @ x.T).detach() -> (x @ x.T)"): "argmax has no gradient; less is kept for it",
+    (NEAREST, "(x @ x.T).detach() -> (x @ x.T)"): "argmax has no gradient; detach saves memory",
     ("x = F.normalize(x, eps=1e-8)", "1e-08 -> (2e-08)"): "both guard against 0 / 0",
     ("return s.logsumexp(1) - torch.linalg.vecdot(q.detach(), s, dim=1)",
      "torch.linalg.vecdot(q.detach(), s, dim=1) -> torch.linalg.vecdot(s, q.detach(), dim=1)"):
@@ -65,7 +65,7 @@ EQUIVALENT = {  # (code, change) -> why nothing can tell it
      "max(1, math.ceil(keep * len(losses) - 1e-06)) -> "
      "max(math.ceil(keep * len(losses) - 1e-06), 1)"): "max is symmetric",
     ("n = max(1, math.ceil(keep * len(losses) - 1e-6))", "1e-06 -> (2e-06)"):
-        "both are over the error of rounding",
+        "both exceed the rounding error",
     ("kept_by_f = small_loss(losses_f.detach(), keep)",
      "losses_f.detach() -> (losses_f)"): INDEX,
     ("kept_by_g = small_loss(losses_g.detach(), keep)",
@@ -98,7 +98,7 @@ def regions(source):
 
 
 def changes(node):
-    """Other text for this node."""
+    """What this node is replaced by, as text."""
     new = copy.deepcopy(node)
     match node:
         case ast.BinOp(op=ast.MatMult()):
@@ -145,7 +145,7 @@ def changes(node):
 
 
 def mutants(source):
-    """(function, line, change, changed source) of every one."""
+    """(function, line, change, changed source) of every mutant."""
     starts = [0]
     for row in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(row))
@@ -171,13 +171,13 @@ def mutants(source):
 
 
 # ==================================================================================================
-# Their end
+# Killing them
 # ==================================================================================================
 
 
 def killer(method, name, source, quick):
-    """The test that fails with this source, or None. Those that are named for the function and what
-    test_common.py has on steps come first; the whole file only if they pass."""
+    """The test that fails with this source, or None. First the test that the function's docstring
+    names, or those of steps, some in test_common.py; the whole file only if they pass."""
     file = f"tests/test_{method}.py"
     doc = re.search(rf"^def {name}\(.*?Test: (test_\w+)", source, re.M | re.S)
     stages = [(file, STEP if name == "train" else doc[1])]
@@ -206,7 +206,7 @@ def main(argv=None):
                                                  if f.stem[5:] != "common"
                                                  and (ROOT / f"{f.stem[5:]}.py").exists()))
     parser.add_argument("--function", default="", help="only this one; nothing is written")
-    parser.add_argument("--quick", action="store_true", help="with the nearest tests alone")
+    parser.add_argument("--quick", action="store_true", help="nearest tests only; nothing written")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args(argv)
     source, rows = (ROOT / f"{args.method}.py").read_text(), []

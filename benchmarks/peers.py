@@ -1,4 +1,4 @@
-"""Images per second of training, beside lightly on the same machine.
+"""Images per second of training, compared with lightly on the same machine.
 
 The same backbone, batch, optimiser and files, in turns in one process.
 
@@ -7,11 +7,11 @@ The same backbone, batch, optimiser and files, in turns in one process.
     python benchmarks/peers.py dino --dataset FOLDER
 
 FOLDER holds train/<class>/* in small files, such as CIFAR-10's images as JPEG. Lightly's side is
-put together from its own parts as in its examples: its transforms in the workers of a DataLoader
-(one a core), its head, loss and moving average. Ours is the training of the file as it is. Each
-takes two epochs in a round; the second is timed, when workers are up and memory is warm. Options
-that are not listed in --help go to the method file. To read a set into memory, which ours does
-once, is not in its figure; it is printed.
+built from its own parts as in its examples: its transforms in the workers of a DataLoader (one per
+core), its head, loss and moving average. Ours is the method file as it is. Each runs two epochs per
+round; the second is timed, when workers are up and memory is warm. Options that are not listed in
+--help go to the method file. Ours reads the set into memory once; that is not in its images/s but
+printed apart.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def main(argv=None):
     p.add_argument("method", choices=["simclr", "dino"])
     p.add_argument("--dataset", required=True, help="folder with train/<class>/*")
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--limit", type=int, default=4096, help="images an epoch (4096)")
+    p.add_argument("--limit", type=int, default=4096, help="images per epoch (4096)")
     own, options = p.parse_known_args(argv)
     file = importlib.import_module(own.method)
     argv = ["--dataset", own.dataset, "--limit", str(own.limit), "--device", "cpu", "--epochs", "2",

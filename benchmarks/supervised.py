@@ -2,23 +2,23 @@
 
     python benchmarks/supervised.py simclr                                  built-in set, a CPU
     python benchmarks/supervised.py simclr --dataset cifar10 --compile      ResNet-18, one GPU
-    python benchmarks/supervised.py dino --dataset cifar10 --compile        the same of a ViT
+    python benchmarks/supervised.py dino --dataset cifar10 --compile        the same for a ViT
 
 The options are those of METHOD.py (`supervised.py simclr --help` lists them), whose network, data,
-epochs, batch and evaluation are taken; what only its loss needs has no effect. OWN is different:
+epochs, batch and evaluation are used; what only its loss needs has no effect. What differs (OWN):
 
-  - All training images have a say, as in the method. Nothing is chosen on any others: the test set
-    is read once, after the last epoch.
+  - All training images are used, as in the method. Nothing is tuned on any others: the test set is
+    read once, after the last epoch.
   - ResNets: SGD with Nesterov momentum 0.9, rate 0.1 for a batch of 128, weight decay 5e-4 of all
-    parameters, the usual recipe for CIFAR. ViTs: AdamW, rate 5e-4 for a batch of 256, weight decay
-    0.05 of matrices alone, as DeiT (there 512), and the stochastic depth of the method's recipe.
-    Both: 5 % of the steps are warm-up, then half a cosine to 0.
+    parameters, the usual recipe for CIFAR. ViTs: AdamW, rate 5e-4 for a batch of 256 (DeiT: 512),
+    weight decay 0.05 of matrices alone, as in DeiT, and the stochastic depth of the method's
+    recipe. Both: 5 % of the steps are warm-up, then half a cosine to 0.
   - Random crops of at least --scale of the area, and flips. No colour jitter, blur, mixing of
-    images or smoothed labels: the least that keeps a network from learning images by heart, so
-    higher ceilings are known. At 0.5 a crop moves as far as with the usual padding by 4 pixels.
+    images or label smoothing: the least that keeps a network from memorising images, so higher
+    ceilings are known. At 0.5 a crop moves as far as with the usual padding by 4 pixels.
 
-supervised_top1 is of the classifier that was trained along. linear_top1 and knn_top1 are of the
-backbone as the method's own are: logistic regression and neighbours on frozen features. Writes
+supervised_top1 is that of the trained classifier. linear_top1 and knn_top1 are those of the
+backbone, as for the method: logistic regression and nearest neighbours on frozen features. Writes
 runs/supervised-METHOD-<dataset>-s<seed>/ (--out).
 """
 
@@ -58,7 +58,7 @@ OWN = {  # these rows replace or join those of the method
 
 
 class Labelled:
-    """The batches of data, with the labels behind the views."""
+    """The batches of data, with the labels after the views."""
 
     def __init__(self, data):
         self.data = data
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
     def forward(self, x):
         x = (x - self.mean) / self.std
         h = self.backbone(x.contiguous(memory_format=torch.channels_last))
-        h = h[:, 0] if h.ndim == 3 else h  # of a ViT the class token
+        h = h[:, 0] if h.ndim == 3 else h  # for a ViT, the class token
         return h, self.head(h)
 
 

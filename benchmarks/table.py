@@ -3,8 +3,8 @@
     python benchmarks/table.py [--runs runs] [--name 'moco-*'] [--out benchmarks/results.csv]
 
 An experiment is the name of a folder without its seed: runs/moco-cifar10-s0, -s1 and -s2 are one.
-If a seed was run again (-s0-2) the last of them counts. Evaluations (-eval) are left out. With one
-seed the deviation is empty, not 0. Rows of other experiments that the CSV holds stay in it.
+If a seed was run again (-s0-2), the last run counts. Evaluations (-eval) are left out. With one
+seed the deviation is empty, not 0. Rows of other experiments stay in the CSV.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 import statistics
 from pathlib import Path
 
-SAME = "method dataset epochs image_size device".split()  # columns beside the figures
+SAME = "method dataset epochs image_size device".split()  # columns besides the results
 FREE = "seed out resume eval data_dir workers memory_limit".split()  # may differ between seeds
 FIGURES = ("linear_top1 knn_top1 head_linear_top1 head_knn_top1 untrained_linear_top1 "
            "untrained_knn_top1 pixels_linear_top1 pixels_knn_top1 supervised_top1 spread "
@@ -62,7 +62,7 @@ def row_of(name, seeds):
 
 
 def merge(path, rows):
-    """Write the CSV: these rows, and those of other experiments that it has."""
+    """Write the CSV: these rows, and those of other experiments already in it."""
     held = []
     if path.exists():
         with path.open() as file:

@@ -1,4 +1,4 @@
-"""How fast is a method's training step, what would be the ceiling, and where does the time go?
+"""How fast is a method's training step, what is the ceiling, and where does the time go?
 
     python benchmarks/throughput.py simclr                               tiny, any machine
     python benchmarks/throughput.py byol --image-size 32 --compile --variants unfused eager
@@ -8,14 +8,14 @@ Options that are not listed in --help (--arch, --batch-size, --image-size, --amp
 --device, --limit, ...) are those of METHOD.py. Without --image-size it takes the recipe for the
 built-in set, otherwise the one for images of that size, as if the set were as large as ImageNet.
 
-METHOD's `train` runs as it is, on a run that is a stop-watch. One step is noted: what the networks
+METHOD's `train` runs as it is, on a run that keeps time. One step is recorded: what the networks
 and the augmentation were called with. Then these parts are timed in turns (A B C, A B C, ...) with
-the steps of the training, and a ratio is the median over the rounds: clocks and neighbours change
-within minutes, and so cancel out.
+the steps of the training, and a ratio is the median over the rounds: clock rates and other load
+change within minutes and so cancel out.
 
   step      the training, in the middle of its schedule: all of the below
-  network   the ceiling: what the networks were called with, forward, backward and fused SGD, with
-            the same autocast, memory format and --compile; the teacher forward alone
+  network   the ceiling: the networks on these inputs, forward, backward and fused SGD, with the
+            same autocast, memory format and --compile; the teacher only forward
   crops     of uint8 images in memory
   augment   the augmentation of all their views
   rest      what is left: losses, optimiser beyond SGD, EMA, queues, masks, copies, the log
@@ -47,7 +47,7 @@ IMAGES = 1_281_167  # ImageNet's, for what a recipe derives from the size of the
 VARIANTS = {
     "contiguous": {"channels_last": False},
     "unfused": {"fused": False},
-    "untried": {"benchmark": False},  # cuDNN does not try its convolutions out
+    "untried": {"benchmark": False},  # cuDNN does not benchmark its convolutions
     "eager": {"mode": None},
     "compile": {"mode": "default"},
     "reduce-overhead": {"mode": "reduce-overhead"},
@@ -57,7 +57,7 @@ VARIANTS = {
 
 
 def wait(device):
-    """Until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
@@ -112,8 +112,8 @@ def in_tf32(f):
 
 
 class Timed(common.Run):
-    """A run of one epoch that is a stop-watch: between two of its batches the training does a step.
-    seconds: name of a part -> those of a step, in each round; peak: MB of a GPU."""
+    """A run of one epoch that keeps time: between two of its batches the training does a step.
+    seconds: name of a part -> seconds per step, for each round; peak: MB of a GPU."""
 
     def __init__(self, args, own):
         super().__init__(args)
@@ -192,7 +192,7 @@ class Timed(common.Run):
         mode = "default" if self.args.compile else None
         parts = {"network": bare(nets, self, mode), "crops": lambda: next(views),
                  "augment": augment}
-        if self.device.type == "cuda":  # matrix products of images in 10 bits
+        if self.device.type == "cuda":  # matrix products of images with 10-bit mantissas
             parts |= {f"{name}, tf32": in_tf32(parts[name]) for name in ("crops", "augment")}
         for name in self.own.variants:
             parts[name] = bare(nets, self, **{"mode": mode} | VARIANTS[name])
@@ -211,7 +211,7 @@ def rows_of(run, batch):
 
 
 def streaming(folder, method, args, run):
-    """images/s of files: Pillow in one process, and the crops of the method by --workers."""
+    """images/s from files: Pillow in one process, and the crops of the method by --workers."""
     data = common.Data(folder, limit=args.limit)
     data.read(args.image_size, run.device, 0, args.workers)
     files, workers = data.train.files, max(args.workers, 1)
@@ -239,7 +239,7 @@ def options(argv=None):
     """The command line -> own options, those of METHOD.py, METHOD.py."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
-    p.add_argument("--steps", type=int, default=10, help="in a turn (10; on a GPU take 50)")
+    p.add_argument("--steps", type=int, default=10, help="steps per turn (10; on a GPU take 50)")
     p.add_argument("--rounds", type=int, default=5, help="turns of each part (5)")
     p.add_argument("--variants", nargs="*", choices=VARIANTS, default=[],
                    help="other ways to run the bare networks, in the same rounds")

@@ -4,8 +4,8 @@ Slides: Figure 1 (self-attention of the class token on the heads of the last lay
 its table: the patches that hold 60 % of the attention, against the object's true mask. Jaccard
 similarity on PASCAL VOC12, ViT-S/16: random weights 22.0, supervised 27.3, DINO 45.9.
 
-The token has to say the same of every crop of an image, and what the crops share is, as a rule, the
-object; a supervised token needs only as much of the object as tells its class.
+The token has to give every crop of an image the same answer, and what the crops share is usually
+the object; a supervised token needs only as much of the object as reveals its class.
 
     python dino.py --epochs 100 --out runs/dino-long
     for seed in 0 1; do python benchmarks/supervised.py dino --lr 4e-3 --seed $seed; done
@@ -14,16 +14,16 @@ object; a supervised token needs only as much of the object as tells its class.
     python lessons/attention.py dino_deitsmall8_pretrain.pth --patch-size 8 --finer 1 --dataset PATH
 
 CHECKPOINT: last.pt or backbone.pt of dino.py, or a released file; or several, for different seeds.
-Options that are not listed in --help are those of dino.py (--device, --patch-size); what is not
-given is as in the run. Images are whole central squares: of `toys` new ones, of other sets
-validation images, never of the test set.
+Options that are not listed in --help are those of dino.py (--device, --patch-size), by default as
+in the run. Images are whole central squares: new ones for `toys`, validation images for other sets,
+never test images.
 
 Writes lessons/attention.png and, on `toys`, where the objects are known, lessons/attention.csv.
-Beside the checkpoint stand the same network with random weights and trained with labels, three
-times with other images and weights (several files of a kind take turns). The paper takes the best
-head of every image; this small network has three, and the attention of a random one is a fixed blot
-near the middle: the best of three blots is a good guess. So the attention is averaged over the
-heads; the best head of every image is in the CSV.
+The checkpoint is compared with the same network with random weights and after training with labels,
+three times, with other images and weights (several files of a kind take turns). The paper takes the
+best head for each image. This small network has three, and with random weights each attends to a
+fixed blob near the middle: the best of three blobs is a good guess. So the attention is averaged
+over the heads; the best head for each image is in the CSV.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def attention_maps(vit, x):
 
 @torch.no_grad()
 def class_maps(net, x):
-    """Of the class token to the patches: (N, 3, S, S) in [0, 1] -> (N, heads, S / P, S / P)."""
+    """From the class token to patches: (N, 3, S, S) in [0, 1] -> (N, heads, S / P, S / P)."""
     net.eval()
     side = x.shape[-1] // net.backbone.patch_size
     x = x.to(net.mean.device)
@@ -78,7 +78,7 @@ def holding(attention, mass):
 
 
 def masks(attention, mass, size):
-    """Maps (N, heads, h, w) -> what holds this share, in pixels (N, heads, size, size)."""
+    """Maps (N, heads, h, w) -> the patches that hold this share (N, heads, size, size), bool."""
     kept = holding(attention.flatten(2), mass).view_as(attention)
     return F.interpolate(kept.float(), size) > 0.5  # nearest
 
@@ -91,8 +91,8 @@ def jaccard(found, truth):
 
 
 def measure(net, x, truth, mass):
-    """Images (n, 3, S, S) and objects (n, S, S) bool -> figures of a row in %, and the masks of the
-    mean over the heads (n, S, S)."""
+    """Images (n, 3, S, S) and objects (n, S, S) bool -> the values of a row in %, and the masks of
+    the mean over the heads (n, S, S)."""
     maps = class_maps(net, x)  # (n, heads, S / P, S / P)
     found = masks(maps.mean(1, keepdim=True), mass, x.shape[-1])[:, 0]
     each = jaccard(masks(maps, mass, x.shape[-1]), truth.unsqueeze(1))  # (n, heads)
@@ -106,7 +106,7 @@ def measure(net, x, truth, mass):
 
 
 def draw(whole, columns, means, title):
-    """columns: of pictures, title -> (n, ...); means: a row for each network, or none."""
+    """columns of pictures: title -> (n, ...); means: a row for each network, or none."""
     if not means:
         return checkpoint.grid(whole, columns)
     left, right = whole.subfigures(1, 2, width_ratios=[2.2, 1])
@@ -120,7 +120,7 @@ def draw(whole, columns, means, title):
 
 
 def answer(means, counts, mass):
-    """means: a row for each network, DINO last; counts: of networks."""
+    """means: a row for each network, DINO last; counts: how many networks of each."""
     *others, ours = means
     holds = all(shared.compare(ours, row, "jaccard") > 0 for row in others)
     parts = [f"{row['network']} {row['jaccard']:.0f} ± {row['jaccard_sd']:.0f} % "
@@ -131,8 +131,8 @@ def answer(means, counts, mass):
 
 def main(argv=None):
     p = checkpoint.parser(__doc__)
-    p.add_argument("--shown", **common.FROM_1, default=5, help="in the picture (5)")
-    p.add_argument("--mass", **common.SHARE, default=0.6, help="of attention in a mask (0.6)")
+    p.add_argument("--shown", **common.FROM_1, default=5, help="images in the picture (5)")
+    p.add_argument("--mass", **common.SHARE, default=0.6, help="share of attention in a mask (0.6)")
     p.add_argument("--supervised", nargs="+", metavar="FILE", default=[],
                    help="backbone.pt of benchmarks/supervised.py dino")
     own, options = p.parse_known_args(argv)

@@ -1,13 +1,13 @@
 """Which augmentations to compose: crop and colour together do best (SimCLR).
 
 Slides: "What did we learn from SimCLR?": using strong data augmentations is really important for
-learning good features. Paper: Section 3.1, Figures 5 and 6: alone no augmentation is enough, and of
-all pairs crop and colour is best, because crops of one image share their colours, and the loss
-takes that shortcut.
+learning good features. Paper: Section 3.1, Figures 5 and 6: no augmentation is enough on its own,
+and crop and colour are the best pair, because crops of one image share their colours, a shortcut
+that colour jitter closes.
 
 Five augmentations, alone (the diagonal) and in pairs, for the same number of steps: crop and colour
-jitter are simclr.py's own, and blur, turns by 90 degrees and noise are added here. Flips stay on.
-In the paper all images are cropped, and the rest is done to one of the two views; here to both.
+jitter are simclr.py's own; blur, rotations by 90 degrees ("turn") and noise are added here. Flips
+stay on. In the paper all images are cropped, and the rest is done to one view only, here to both.
 
     python lessons/augmentations.py
     python lessons/augmentations.py --dataset cifar10 --epochs 50
@@ -30,12 +30,12 @@ from lessons import shared
 
 CLAIM = "No augmentation is enough alone; crop and colour are the best pair"
 NAMES = ["crop", "colour", "blur", "turn", "noise"]
-PAIRS = [*itertools.combinations_with_replacement(NAMES, 2)]  # of two equal ones: it alone
+PAIRS = [*itertools.combinations_with_replacement(NAMES, 2)]  # two equal ones: alone
 KEYS = ["linear_top1", "knn_top1", "untrained_linear_top1"]
 
 
 def turn(x):
-    """A turn by 0, 90, 180 or 270 degrees, for each image its own."""
+    """Rotate each image by 0, 90, 180 or 270 degrees, at random."""
     quarters = torch.randint(4, (len(x), 1, 1, 1), device=x.device)
     for k in (1, 2, 3):
         x = torch.where(quarters == k, x.rot90(k, (2, 3)), x)
@@ -43,7 +43,7 @@ def turn(x):
 
 
 def noise(x):
-    """Gaussian noise, for each image of a deviation up to 0.2."""
+    """Gaussian noise, of a random standard deviation of up to 0.2 for each image."""
     deviation = common.uniform(0, 0.2, (len(x), 1, 1, 1), x.device)
     return (x + deviation * torch.randn_like(x)).clamp(0, 1)
 
@@ -90,7 +90,7 @@ def draw(whole, means):
 
 
 def answer(means):
-    """Is crop + colour above every single one, and the best pair?"""
+    """Is crop + colour above every single augmentation, and the best pair?"""
     by_name = {(row["first"], row["second"]): row for row in means}
     ours = by_name["crop", "colour"]
     ranked = sorted(means, key=lambda row: -row["linear_top1"])
@@ -105,7 +105,7 @@ def answer(means):
 
 
 def report(own, rows):
-    """The table and the figure of the runs until now."""
+    """The table and the figure of the runs so far."""
     shared.write_csv(f"{own.out}/augmentations.csv", rows,
                      ["first", "second", "seed", "epochs", *KEYS])
     means = shared.over_seeds(rows, ["first", "second"], KEYS)
@@ -126,7 +126,7 @@ def main(argv=None):
             name = " ".join(dict.fromkeys(pair))
             _, data, run = shared.train(simclr, own, name, seed, [*options, *flags], kind)
             if not data.labelled:
-                common.fail("these images have no labels, there is nothing to probe for")
+                common.fail("these images have no labels, so there is nothing to probe")
             floor = floor or shared.untrained(simclr, data, run)
             rows.append(vars(run.args) | run.rows[-1] | floor
                         | dict(zip(("first", "second"), pair)))

@@ -6,11 +6,11 @@
     python lessons/by_hand.py H              DINO: centre, temperatures, cross-entropy
     python lessons/by_hand.py sinkhorn_knopp DINOv2: three rounds of Sinkhorn-Knopp
     python lessons/by_hand.py koleo          DINOv2: distance to the nearest neighbour
-    python lessons/by_hand.py attention_pool weak supervision: the attention over a bag
+    python lessons/by_hand.py attention_pool weak supervision: attention over a bag
 
-Steps are done here with plain numbers. Each is held against the function of the file: its result,
-its results for fewer images or rounds, and the variables inside it. If one differs by 1e-6, the
-program stops and says which.
+The steps here use plain numbers. They are compared with the function that trains: with its result,
+its results for fewer images or rounds, and its local variables. If one differs by more than 1e-6,
+the program stops and names it.
 """
 
 import math
@@ -39,10 +39,10 @@ def tensor(x):
 
 
 class Variables(dict):
-    """Of a function, by name."""
+    """The local variables of a function, by name."""
 
     def __missing__(self, name):
-        common.fail(f"the function that trains has no variable {name} now, which is shown here")
+        common.fail(f"the function that trains has no variable {name}, which is shown here")
 
 
 def inside(function, *args):
@@ -62,7 +62,7 @@ def inside(function, *args):
 
 
 def check(name, by_hand, shipped):
-    """Numbers found here against the tensor of the function that trains."""
+    """Compare numbers found here with the tensor of the function that trains."""
     a, b = tensor(by_hand), torch.as_tensor(shipped, dtype=torch.float64)
     if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=1e-6):
         common.fail(f"{name}: by hand {a.tolist()}, but the function has {b.tolist()}")
@@ -133,8 +133,8 @@ def info_nce(tau=0.2):
     columns = tensor(queue).T
     loss, own = inside(moco.info_nce, tensor(q), tensor(k), columns, tau)
     rows("queries q", q)
-    rows("keys k, row n of the image of q_n", k)
-    rows("the queue, a key a row", queue)
+    rows("keys k: row n is from the same image as q_n", k)
+    rows("the queue, one key per row", queue)
     l_pos = [[dot(a, b)] for a, b in zip(q, k)]
     l_neg = [[dot(a, b) for b in queue] for a in q]
     logits = [[x / tau for x in a + b] for a, b in zip(l_pos, l_neg)]
@@ -218,7 +218,7 @@ def koleo():
     check("x", x, own["x"])
     d = [[math.dist(a, b) for b in x] for a in x]
     rows("distances", d)
-    print("\nl = -log of the distance to the nearest other (1e-8 of the code left out)")
+    print("\nl = -log of the distance to the nearest other (without the code's 1e-8)")
     losses = []
     for i in range(3):
         j = min((k for k in range(3) if k != i), key=d[i].__getitem__)

@@ -1,20 +1,20 @@
 """What keeps BYOL from collapsing, with no negatives (BYOL, SimSiam).
 
 Slides: "How does BYOL work?" (predictor, moving average); "What's special about BYOL?": no
-negatives, though the same vector for all images is a perfect solution. Papers: BYOL, Section 5 (m =
-0 collapses, as does no predictor) and Appendix I on a near-optimal predictor (m = 0 works where the
+negatives, though the same vector for all images is a perfect solution. Papers: BYOL, Section 5 (it
+collapses with m = 0 or no predictor) and Appendix I on a near-optimal predictor (m = 0 works if the
 predictor learns faster); SimSiam (Chen & He 2020, arXiv 2011.10566), Section 4 (predictor and
 stop-gradient are needed, the moving average is not).
 
 A low loss does not mean that all is well: a network that collapses has the lowest. Look at z, and
-at what h is worth. BYOL with m = 0 is SimSiam: the target is the online network itself.
+at how good h is. BYOL with m = 0 is SimSiam: the target is the online network itself.
 
     python lessons/byol_collapse.py
     python lessons/byol_collapse.py --dataset cifar10 --limit 50000 --epochs 50
 
 Options that are not listed in --help go to byol.py. Writes lessons/byol_collapse.csv, a line per
-run and evaluation, and lessons/byol_collapse.png: over training the loss, the spread of z (1: all
-over the sphere, 0: at a point) and the k-NN top-1 of h, both of validation images.
+run and evaluation, and lessons/byol_collapse.png: the loss over training, and, on validation
+images, the spread of z (1: all over the sphere, 0: one point) and the k-NN top-1 of h.
 """
 
 import sys
@@ -52,7 +52,7 @@ def draw(whole, means):
 
 
 def answer(means):
-    """At the end: who is at a point?"""
+    """Which runs end with z at a point?"""
     last = {row["run"]: row for row in means if row["epoch"] == means[-1]["epoch"]}
     spreads = ", ".join(f"{name} {row['spread']:.2f}" for name, row in last.items())
     whole, *parts = [last[k] for k in RUNS if k in last]
@@ -67,7 +67,7 @@ def answer(means):
 
 
 def report(own, rows):
-    """The table and the figure of the runs until now."""
+    """The table and the figure of the runs so far."""
     keys = [k for k in KEYS if k in rows[0]]
     shared.write_csv(f"{own.out}/byol_collapse.csv", rows, keys)
     means = shared.over_seeds(rows, ["run", "epoch"], keys[3:-1])

@@ -14,7 +14,7 @@ from lessons import shared
 
 
 class Fed(nn.Module):
-    """A backbone with the input it was trained on: (N, 3, S, S) in [0, 1] -> h (N, d)."""
+    """A backbone behind its input normalisation: (N, 3, S, S) in [0, 1] -> h (N, d)."""
 
     def __init__(self, backbone, mean, std):
         super().__init__()
@@ -24,49 +24,49 @@ class Fed(nn.Module):
 
     def forward(self, x):
         h = self.backbone((x - self.mean) / self.std)
-        return h[:, 0] if h.ndim == 3 else h  # of a ViT the class token
+        return h[:, 0] if h.ndim == 3 else h  # for a ViT, the class token
 
 
 def untrained(meta, seed):
-    """The network of a backbone.pt before training; meta says by which file and how it was made."""
+    """The network of a backbone.pt before training; meta says which file made it, and how."""
     method = importlib.import_module(meta["method"])
     net = method.build(Namespace(**meta | {"seed": seed}))
     return Fed(net.backbone, meta["mean"], meta["std"])
 
 
 def backbone(path):
-    """backbone.pt of any method -> the network with its weights, and meta, how it was trained."""
+    """backbone.pt of any method -> the network with its weights, and meta: how it was trained."""
     found = common.read_checkpoint(path)
     if "method" not in found.get("meta", {}):
         common.fail(f"{path} has to be the backbone.pt of a run")
     if found["meta"].get("task") in ("patch", "jigsaw", "colorization", "splitbrain", "cpc"):
-        common.fail(f"{path} takes another input than RGB images: tiles, parts, or one channel")
+        common.fail(f"{path} does not take RGB images but tiles, parts, or one channel")
     net = untrained(found["meta"], seed=0)
     net.backbone.load_state_dict(found["state_dict"])
     return net, found["meta"]
 
 
 def parser(doc, images=400):
-    """The options of a lesson; what it does not know goes to the method."""
+    """The options of a lesson; those it does not know are passed on to the method."""
     p = common.Parser(description=doc.split("\n")[0], allow_abbrev=False)
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
                    help="last.pt or backbone.pt of the method, or a released file; or several")
     p.add_argument("--dataset", help="a name or a folder (that of the run)")
-    p.add_argument("--images", **common.FROM_2, default=images, help=f"at most ({images})")
-    p.add_argument("--size", **common.FROM_1, help="their side in pixels (as in training)")
+    p.add_argument("--images", **common.FROM_2, default=images, help=f"images, at most ({images})")
+    p.add_argument("--size", **common.FROM_1, help="side of an image in pixels (as in training)")
     p.add_argument("--finer", **common.FROM_1, default=2,
-                   help="patches overlap, so many times as many along a side (2)")
+                   help="times as many patches along a side, which then overlap (2)")
     p.add_argument("--seeds", **common.FROM_1, default=3,
-                   help="of the images and of networks beside the checkpoints (3)")
+                   help="number of seeds, of images and of random networks (3)")
     p.add_argument("--out", type=shared.folder, default=Path(__file__).parent,
-                   help="of CSV and PNG")
+                   help="folder for CSV and PNG")
     return p
 
 
 class Overlapping(nn.Module):
-    """Embed patches that overlap, `times` as many along a side: (N, 3, H, W) -> (N, D, t H / P,
-    t W / P), one that begins at each square of P / t pixels. So a trained network sees more finely
-    what it sees (Amir et al. 2021, arXiv 2112.05814). Below and at the right an image goes on with
+    """Embed overlapping patches, `times` as many along a side: (N, 3, H, W) -> (N, D, t H / P, t W
+    / P), one starting at each square of P / t pixels. This gives a trained network a finer grid of
+    tokens (Amir et al. 2021, arXiv 2112.05814). At the bottom and the right an image is padded with
     the pixels of its edge."""
 
     def __init__(self, embed, patch, times):
@@ -85,7 +85,7 @@ class Overlapping(nn.Module):
 
 
 def refine(net, times):
-    """net with overlapping patches; its patch_size is then that of a token's square."""
+    """net with overlapping patches; its patch_size becomes the side of a token's square."""
     vit = net.backbone
     if vit.patch_size % times:
         common.fail(f"--finer {times} does not divide --patch-size {vit.patch_size}")
@@ -95,21 +95,21 @@ def refine(net, times):
 
 
 def load(method, own, options, path):
-    """The network of a checkpoint, its data, and the run, whose folder is gone afterwards.
+    """The network of a checkpoint, its data, and the run, whose folder is deleted at the end.
 
-    What the command line leaves open is as in the run that made the checkpoint.
+    Options that are not given are as in the run that made the checkpoint.
     """
     args = common.options(method.__name__, method.__doc__, method.OPTIONS,
                           [*options, "--eval", path])
     made = common.made_with(common.read_checkpoint(path))
-    if made:  # it is of this project, not a released file
+    if made:  # by this project, not a released file
         given = {option.split("=")[0] for option in options}
         for name in ("dataset", "data_dir", "limit", "seed"):
             if f"--{name.replace('_', '-')}" not in given:
                 setattr(args, name, made.get(name))
     args.dataset = own.dataset or args.dataset
     if args.arch and not args.arch.startswith("vit"):
-        common.fail(f"{path} holds a {args.arch}, which has no tokens of patches")
+        common.fail(f"{path} holds a {args.arch}, which has no patch tokens")
     with tempfile.TemporaryDirectory() as folder:
         args.out = folder
         with common.Run(args) as run:
@@ -118,7 +118,7 @@ def load(method, own, options, path):
 
 
 def side(own, run):
-    """Of an image of whole patches, in pixels: --size, or as in training, up to 224."""
+    """In pixels, in whole patches: --size, or as in training, at most 224."""
     patch = run.args.patch_size
     size = own.size or min(run.args.image_size, 224)
     if size < patch:
@@ -127,11 +127,11 @@ def side(own, run):
 
 
 def images(own, data, run, seed):
-    """Images (n, 3, size, size), labels (n,), -1 unknown, and of the built-in set the parts of the
-    objects (n, size, size), 0 where there is none, else None.
+    """Images (n, 3, size, size), labels (n,), -1 if unknown, and, for the built-in set, the parts
+    of the objects (n, size, size), 0 where there is none (other sets: None).
 
-    Of the built-in set new ones of every seed from 0 on, of other sets validation images, of a
-    folder without labels all; of more than --images every seed takes others.
+    For the built-in set, new images for every seed from 0 on; for other sets, validation images;
+    for a folder without labels, all. If these are more than --images, every seed takes others.
     """
     size = side(own, run)
     if run.args.dataset == common.BUILT_IN:
@@ -141,7 +141,7 @@ def images(own, data, run, seed):
     part, index = data.val
     if not data.labelled:
         part, index = data.train, torch.arange(len(data.train.labels))
-    part = part, index.roll(-seed)  # of many images other ones
+    part = part, index.roll(-seed)  # other images for every seed, if there are many
     crop = [common.Crop(size, scale=1.0)]
     x, labels = common.embed(lambda views: views, part, crop, run, own.images)
     return x.cpu(), labels.cpu(), None
@@ -149,8 +149,8 @@ def images(own, data, run, seed):
 
 @torch.no_grad()
 def tokens(net, x, run):
-    """After the final norm: (N, 3, S, S) in [0, 1] -> class tokens (N, D), tokens of patches
-    (N, S / P, S / P, D)."""
+    """After the final norm: (N, 3, S, S) in [0, 1] -> class tokens (N, D), patch tokens (N, S / P,
+    S / P, D)."""
     net.eval().to(run.device)
     side = x.shape[-1] // net.backbone.patch_size
     h = []
@@ -175,8 +175,8 @@ def pixels(x, patch, step):
 
 
 def kinds_of_features(method, name, net, seed, run):
-    """What patches are described by: name -> f, images (N, 3, S, S) -> (N, h, w, D). By the tokens
-    of a network called `name`, by those of one with random weights, and by the patches' pixels."""
+    """What describes a patch: name -> f, images (N, 3, S, S) -> (N, h, w, D). The tokens of the
+    network, called `name`, those of one with random weights, and the patches' pixels."""
     patch, step = run.args.patch_size, net.backbone.patch_size
     args = Namespace(**vars(run.args) | {"seed": seed})
     other = refine(method.build(args), patch // step)
@@ -188,8 +188,7 @@ def kinds_of_features(method, name, net, seed, run):
 
 
 def most(parts, patch):
-    """The part that shows most in a square, 0 for the background: (N, S, S) -> (N, S / P, S / P).
-    """
+    """The largest part in a square, 0 for the background: (N, S, S) -> (N, S / P, S / P)."""
     numbers = range(int(parts.max()) + 1)
     return torch.stack([per_patch(parts == k, patch) for k in numbers]).argmax(0)
 

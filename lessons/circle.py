@@ -3,17 +3,17 @@
 Slides: "How does SimCLR work?". Paper: Wang & Isola 2020 (arXiv 2005.10242): the loss pulls views
 of one image together (alignment) and spreads the images over the sphere (uniformity).
 
-Where z has two dimensions the sphere is a circle, and can be drawn. Alignment is the mean squared
-distance of two views, 0 where they are equal and 2 for points anywhere on the circle; uniformity is
-the log of the mean of exp(-2 squared distance) of two images, 0 where all are at one point and log
-exp(-4) I0(4) = -1.575 where they are anywhere on the circle.
+If z has two dimensions, the sphere is a circle and can be drawn. Alignment is the mean squared
+distance of two views, 0 if they are equal and 2 for random points on the circle; uniformity is the
+log of the mean of exp(-2 squared distance) of two images, 0 if all are at one point and log exp(-4)
+I0(4) = -1.575 if they are spread evenly over the circle.
 
     python lessons/circle.py
     python lessons/circle.py --epochs 50 --temperature 0.5
 
 Options that are not listed in --help go to simclr.py. Writes lessons/circle.csv, a line per seed
 and evaluation, on validation images, and lessons/circle.png: training images of the first seed
-on the circle, before and after, each class on a ring of its own, and the two figures over training.
+on the circle, before and after, each class on a ring of its own, and both measures over training.
 """
 
 import math
@@ -33,7 +33,7 @@ UNIFORM = math.log(torch.special.i0e(torch.tensor(4.0)).item())
 
 
 def angles(net, data, run):
-    """Of z, in radians, for every second training image, and the labels of these."""
+    """Angles of z in radians, for every second training image, and the labels of these."""
     net.eval()
     (images, index), view = data.fit, simclr.central(run.args.image_size)
     z, labels = common.embed(lambda x: net(*x)[1:], (images, index[::2]), view, run)
@@ -41,7 +41,7 @@ def angles(net, data, run):
 
 
 def evaluated(net, data, run):
-    """What simclr.evaluate says of a network, as the row of epoch 0."""
+    """What simclr.evaluate reports on a network, as the row of epoch 0."""
     held, run.rows = run.rows, [{"epoch": 0}]
     simclr.evaluate(net, data, run.args, run)
     [row], run.rows = run.rows, held
@@ -69,12 +69,12 @@ def draw(whole, means, circles):
 
 
 def answer(means):
-    """Are images spread at least half as well as can be, and views nearer than any two points?"""
+    """Is uniformity over half of the best possible, and alignment under half of that at random?"""
     first, last = means[0], means[-1]
     holds = last["uniformity"] < UNIFORM / 2 and last["alignment"] < 1
     text = (f"uniformity {first['uniformity']:.2f} before, {last['uniformity']:.2f} after (at best "
             f"{UNIFORM:.2f}); alignment {first['alignment']:.2f} before, {last['alignment']:.2f} "
-            "after (2 for any two points)")
+            "after (2 for random points)")
     if "head_knn_top1" in last:
         text += (f"; from the angle alone k-NN tells the class of {last['head_knn_top1']:.0f} % "
                  f"({first['head_knn_top1']:.0f} before)")
@@ -84,7 +84,7 @@ def answer(means):
 def main(argv=None):
     own, options = shared.parser(__doc__, "circle", epochs=12).parse_known_args(argv)
     rows, circles = [], {}
-    # z starts in one small arc, which opens slowly at the recipe's rate: four times that
+    # z starts in one small arc, which opens slowly at the recipe's lr; this is four times that
     options = ["--dim", 2, "--lr", 0.8, "--eval-every", max(own.epochs // 4, 1), *options]
     for seed in range(own.seeds):
         net, data, run = shared.train(simclr, own, "circle", seed, options)

@@ -4,19 +4,19 @@ Slides: "What did we learn from SimCLR?": using strong data augmentations is rea
 learning good features. Paper: Chen, Luo and Li 2021 (arXiv 2011.02803): a few bits of an easy
 feature that two views share can suppress, and even prevent, the learning of other features.
 
-Every image gets a random mark that has nothing to do with its class and that crops and jitter leave
-alone (one view in five is grey, so that its hue is gone): the first bit inverts it, so that the
-thing is dark on a bright ground; the second turns it to the opposite hue, and with the third there
-are four hues. SimCLR and DINO are trained on such images for as long as on images without a mark,
-and a linear probe of h is asked for the class, and for the mark. The built-in set was made with few
-such features: in every image one thing, bright on a quiet ground, whose colours follow from its
+Every image gets a random mark that has nothing to do with its class and that survives crops and
+jitter (but one view in five is grey, and its hue is gone): the first bit inverts the image, so that
+the object is dark on a bright ground; the second turns it to the opposite hue, and with the third
+there are four hues. SimCLR and DINO are trained on such images for as long as on images without a
+mark, and linear probes of h predict the class and the mark. The built-in set was made to have few
+such features: each image has one object, bright on a plain ground, whose hue follows from its
 lightness.
 
     python lessons/competing.py
     python lessons/competing.py --dataset cifar10 --epochs 20
 
 Options that are not listed in --help go to simclr.py and dino.py. Writes lessons/competing.csv, a
-line per run, and lessons/competing.png. All figures are of validation images, marked as well.
+line per run, and lessons/competing.png. All results are on validation images, marked as well.
 """
 
 import functools
@@ -43,7 +43,7 @@ def mark(x, marks, bits):
 
 
 class MarkedRun(common.Run):
-    """A run on images that carry random marks of so many bits: marks (n,)."""
+    """A run on images that carry random marks of this many bits: marks (n,)."""
 
     def __init__(self, bits, args):
         super().__init__(args)
@@ -52,7 +52,7 @@ class MarkedRun(common.Run):
     def epochs(self, data):
         images = data.train
         if images.files or data.val[0] is not images:
-            common.fail("marks are for a set that is held in memory and has no validation split")
+            common.fail("marks need a set that is held in memory and has no validation split")
         draw = torch.Generator().manual_seed(self.args.seed)
         self.marks = torch.randint(2**self.bits, (len(images.labels),), generator=draw)
         of_all = self.marks.to(self.device)
@@ -100,7 +100,7 @@ def draw(whole, means, x):
 
 
 def answer(means):
-    """Does the class suffer from the most bits, in one of the methods?"""
+    """With the most bits, is the class read less well, in at least one of the methods?"""
     parts, fallen = [], []
     for name in dict.fromkeys(row["method"] for row in means):
         line = [row for row in means if row["method"] == name]
@@ -108,12 +108,12 @@ def answer(means):
         parts.append(f"{name} {figures} %")
         fallen.append(shared.compare(line[-1], line[0], "linear_top1") < 0)
     bits = ", ".join(str(row["bits"]) for row in line)
-    return shared.answer(any(fallen), f"with {bits} bits the class is read from h by "
-                         f"{' and by '.join(parts)}.")
+    return shared.answer(any(fallen), f"top-1 of the class from h, with {bits} bits: "
+                         f"{'; '.join(parts)}.")
 
 
 def report(own, rows):
-    """The table and the figure of the runs until now."""
+    """The table and the figure of the runs so far."""
     shared.write_csv(f"{own.out}/competing.csv", rows, ["method", "bits", "seed", "epochs", *KEYS])
     means = shared.over_seeds(rows, ["method", "bits"], KEYS)
     image = common.toys(1, 64, seed=1)[0] / 255
@@ -126,7 +126,7 @@ def report(own, rows):
 def main(argv=None):
     p = shared.parser(__doc__, "competing", epochs=6)
     p.add_argument("--bits", type=int, nargs="+", choices=range(4), default=[0, 1, 2, 3],
-                   help="of the mark (0 1 2 3)")
+                   help="bits of the mark, one or more (0 1 2 3)")
     own, options = p.parse_known_args(argv)
     shared.refuse(options, {"--labelled"})
     rows = []
@@ -136,7 +136,7 @@ def main(argv=None):
                 kind = functools.partial(MarkedRun, bits)
                 net, data, run = shared.train(method, own, f"{name} {bits}", seed, options, kind)
                 if not data.labelled:
-                    common.fail("these images have no labels, there is nothing to probe for")
+                    common.fail("these images have no labels, so there is nothing to probe")
                 rows.append({"method": name, "bits": bits, "seed": seed, "epochs": own.epochs}
                             | run.rows[-1] | shared.untrained(method, data, run)
                             | {"mark_top1": marks_from(net, method, data, run)})

@@ -1,17 +1,17 @@
 """Why DINO centres and sharpens: the two collapses (DINO).
 
 Slides: "How does DINO work?", "Avoiding Collapse": DINO centres and sharpens the teacher's outputs
-so that it does not say the same of every image. Paper: Section 5.3, Figure 7: the loss is the
-teacher's entropy plus KL(teacher, student); without one of the two KL goes to 0, and nothing is
-learned. The entropy tells the two ways apart: without sharpening it goes to ln K (all classes
-alike, "uniform teacher"), without centring to 0 (one class for all images, "one-hot teacher").
+so that not all images get the same answer. Paper: Section 5.3, Figure 7: the loss is the teacher's
+entropy plus KL(teacher, student); without centring or without sharpening, KL goes to 0, and nothing
+is learned. The entropy tells the two apart: without sharpening it goes to ln K (all classes alike,
+"uniform teacher"), without centring to 0 (one class for all images, "one-hot teacher").
 
     python lessons/dino_collapse.py
     python lessons/dino_collapse.py --dataset cifar10 --epochs 50
 
 Options that are not listed in --help go to dino.py. Writes lessons/dino_collapse.csv, a line for
 every few steps of a run, with the verdict and the k-NN top-1 of h at the end of the run, and
-lessons/dino_collapse.png. Verdict and top-1 are of validation images, never of the test set.
+lessons/dino_collapse.png. Verdict and top-1 are on validation images, never on the test set.
 """
 
 import math
@@ -46,10 +46,10 @@ class StepRun(common.Run):
     def log(self, ok, **figures):
         super().log(ok, **figures)
         terms = torch.stack([figures[k].detach() for k in TERMS])
-        self.kept.append(self.mean(terms))  # read at the end: to read from a GPU is to wait for it
+        self.kept.append(self.mean(terms))  # read at the end: reading from a GPU means waiting
 
     def means(self, every):
-        """A row for every so many steps."""
+        """A row of means for each part of this many steps."""
         rows, step = [], 0
         for part in torch.stack(self.kept).cpu().split(every):
             step += len(part)
@@ -58,8 +58,8 @@ class StepRun(common.Run):
 
 
 def draw(whole, means, ends, K):
-    """Figure 7, a line for each run, and its end; means: a row for each run and so many steps,
-    ends: a row for each run."""
+    """Figure 7 with a line for each run, and how the runs end; means: a row for each run and part
+    of its steps, ends: a row for each run."""
     axes = whole.subplots(1, 3)
     for ax, key in zip(axes, ("entropy", "kl")):
         shared.lines(ax, means, "run", "step", key)
@@ -76,7 +76,7 @@ def draw(whole, means, ends, K):
 
 
 def answer(ends, means):
-    """ends: a row for each run and seed, means: for each run."""
+    """ends: a row for each run and seed; means: a row for each run."""
     shares, parts, holds = [], [], True
     for name, verdict in COLLAPSES.items():
         found = [row["verdict"] == verdict for row in ends if row["run"] == name]
@@ -92,7 +92,7 @@ def answer(ends, means):
 
 def main(argv=None):
     p = shared.parser(__doc__, "dino_collapse", epochs=6)
-    p.add_argument("--every", **common.FROM_1, default=31, help="steps in a line of the CSV (31)")
+    p.add_argument("--every", **common.FROM_1, default=31, help="steps per line of the CSV (31)")
     own, options = p.parse_known_args(argv)
     rows, ends = [], []
     for seed in range(own.seeds):

@@ -1,13 +1,13 @@
-"""What each patch shows and how far it is, read off frozen tokens by a linear layer (DINOv2).
+"""What each patch shows and how far away, read from frozen tokens by a linear layer (DINOv2).
 
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", results. Paper: Section 7.4,
 "Dense recognition tasks": semantic segmentation (Table 10, "lin.") and monocular depth (Table 11,
 "lin. 1"): the backbone stays as it is, a linear layer maps each patch token to the classes or to a
 depth, and its coarse map is enlarged to pixels.
 
-No label and no depth was ever shown to the network. What a single linear layer finds in a token was
-there before, laid out plainly; the same layer on the untrained network and on the raw pixels of the
-patch says how much of it training brought.
+The network was never shown a label or a depth. What a single linear layer finds in a token was
+already there, in plain form; the same layer on the untrained network and on the raw pixels of the
+patch shows how much of it came from training.
 
     for seed in 0 1 2; do python dinov2.py --seed $seed; done
     python lessons/dinov2_dense.py runs/dinov2-toys-s*/last.pt
@@ -15,18 +15,18 @@ patch says how much of it training brought.
         --image-size 518 --finer 1 --images 100
 
 CHECKPOINT: last.pt or backbone.pt of dinov2.py, or a released file; or several, for different
-seeds. Options that are not listed in --help are those of dinov2.py (--device, --patch-size); what
-is not given is as in the run.
+seeds. Options that are not listed in --help are those of dinov2.py (--device, --patch-size), by
+default as in the run.
 
-The images are always new ones of `toys`, whose classes, masks and depths are known, three quarters
-to fit the layers, the others to test; three times other images (several checkpoints take turns).
-Logistic regression by L-BFGS on the shares of a patch that are of each class, ridge regression on
-its mean depth. Departures from the paper: no mmseg recipe, no bins of depth, no class token beside
-the patches.
+The images are always new ones from `toys`, whose classes, masks and depths are known: three
+quarters to fit the layers, the rest to test, three times with other images (several checkpoints
+take turns). The layers are logistic regression by L-BFGS on the share of a patch that each class
+covers, and ridge regression on its mean depth. Departures from the paper: no mmseg recipe, no bins
+of depth, no class token beside the patches.
 
-Writes lessons/dinov2_dense.csv, a line for each kind of features, and lessons/dinov2_dense.png:
-image, truth and predictions. Beside the features stands the truth itself with one value a patch: so
-coarse are the patches.
+Writes lessons/dinov2_dense.csv, a line for each kind of features and set of images, and
+lessons/dinov2_dense.png: image, truth and predictions. For comparison it also scores the truth with
+one value per patch, the best possible with patches this coarse.
 """
 
 import sys
@@ -62,7 +62,7 @@ def standardised(x, mean, std):
 
 
 def ridge(x, y, penalty):
-    """argmin_w mean (x w - y)^2 + penalty |w|^2, the last column of x (the ones) free of it.
+    """argmin_w mean (x w - y)^2 + penalty |w|^2, which spares the last column of x (the ones).
 
     x: (n, D), y: (n, 1) -> (D, 1).
     """
@@ -74,9 +74,9 @@ def ridge(x, y, penalty):
 
 
 def logistic(x, y, penalty):
-    """argmin_w mean cross-entropy of softmax(x w) + penalty / 2 |w|^2, the bias free, by L-BFGS.
+    """argmin_w mean cross-entropy of softmax(x w) + penalty / 2 |w|^2 by L-BFGS, bias unpenalised.
 
-    x: (n, D), y: (n, C), the shares of a patch that are of each class -> (D, C).
+    x: (n, D), y: (n, C), the share of each class in a patch -> (D, C).
     """
     w = torch.zeros(x.shape[1], y.shape[1], requires_grad=True)
     lbfgs = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
@@ -92,10 +92,10 @@ def logistic(x, y, penalty):
 
 
 def scores(classes, far, truth, depth):
-    """Mean over the classes of intersection over union of all pixels of all images together, share
-    of pixels that are right (both in %) and RMSE of the depth.
+    """Mean over the classes of intersection over union, over all pixels of all images together,
+    share of pixels that are right (both in %), and RMSE of the depth.
 
-    classes, truth: (N, S, S) int, 0 the background; far, depth: (N, S, S).
+    classes, truth: (N, S, S) int, 0: background; far, depth: (N, S, S).
     """
     each = []
     for c in truth.unique():
@@ -112,9 +112,9 @@ def scores(classes, far, truth, depth):
 
 
 def linear(x, shares, depth, x_test, size):
-    """Patch features x (N, h, w, D) with the shares of classes (N, h, w, C) and the depth
-    (N, h, w, 1) of the images to fit -> classes and depth, 2 x (M, S, S), of others with features
-    x_test."""
+    """Fit both layers on patch features x (N, h, w, D) with the shares of the classes (N, h, w, C)
+    and the depth (N, h, w, 1) -> predicted classes and depth, each (M, S, S), of the images with
+    features x_test."""
     rows = x.flatten(0, 2)
     mean, std = rows.mean(0), rows.std(0) + 1e-6
     rows = standardised(rows, mean, std)
@@ -127,8 +127,8 @@ def linear(x, shares, depth, x_test, size):
 
 
 def predictions(net, images, seed, run):
-    """Of images to test, by all kinds of features: name -> classes and depth (M, S, S); and the
-    images with their truth: x (M, 3, S, S), classes and depth (M, S, S)."""
+    """For the test images, from each kind of features: name -> classes and depth (M, S, S); and
+    these images with their truth: x (M, 3, S, S), classes and depth (M, S, S)."""
     x, labels, parts, depths, _ = images
     truth = torch.where(parts > 0, 1 + labels.view(-1, 1, 1), 0)
     x, size = x / 255, x.shape[-1]
@@ -157,7 +157,7 @@ def draw(whole, columns, means):
 
 
 def answer(ours, random, pixels, count):
-    """Rows for three kinds of features; count: of checkpoints."""
+    """Rows for three kinds of features; count: number of checkpoints."""
     most = max(random, pixels, key=lambda row: row["miou"])
     least = min(random, pixels, key=lambda row: row["rmse"])
     holds = shared.compare(ours, most, "miou") > 0 > shared.compare(ours, least, "rmse")
@@ -170,10 +170,10 @@ def answer(ours, random, pixels, count):
 def main(argv=None):
     p = checkpoint.parser(__doc__)
     p.set_defaults(dataset=common.BUILT_IN)
-    p.add_argument("--shown", **common.FROM_1, default=4, help="in the picture (4)")
+    p.add_argument("--shown", **common.FROM_1, default=4, help="images in the picture (4)")
     own, options = p.parse_known_args(argv)
     if own.dataset != common.BUILT_IN:
-        common.fail("--dataset: classes and depths of patches are known of toys alone")
+        common.fail("--dataset: classes and depths of patches are known for toys alone")
     trained = [checkpoint.load(dinov2, own, options, path) for path in own.checkpoints]
     rows = []
     for seed in range(own.seeds):

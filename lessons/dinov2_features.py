@@ -1,4 +1,4 @@
-"""The same part of another thing has the same patch token, though nobody named a part (DINOv2).
+"""Without labels, patches of the same part of different objects become neighbours (DINOv2).
 
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", the coloured patches. Paper:
 Figure 1 (the first principal components of the patch tokens, over images of a category: the same
@@ -11,16 +11,16 @@ parts get the same colour), Section 7.3 (retrieval by cosine, here of class toke
         --dataset PATH --image-size 518 --finer 1
 
 CHECKPOINT: last.pt or backbone.pt of dinov2.py (or of --method), or a released file; or several,
-for different seeds. Options that are not listed in --help are those of that file (--device,
---patch-size); what is not given is as in the run. Images are whole central squares: of `toys` new
-ones, of other sets validation images, of a folder without labels all.
+for different seeds. Options that are not listed in --help are those of that method (--device,
+--patch-size), by default as in the run. Images are whole central squares: new ones for `toys`,
+validation images for other sets, all images of a folder without labels.
 
 Writes lessons/dinov2_features.png: images of two classes with three components of their patches,
-and images with those whose class tokens are nearest. On `toys`, where the parts of the things are
-known, also lessons/dinov2_features.csv, three times for other images (several checkpoints take
-turns): which part of which thing is a patch of? Its 20 nearest patches in other images vote, found
-by the cosine of tokens, trained and not, or of the patches' pixels, each after subtracting the mean
-of all, or by the distance of colours or places.
+and images with those whose class tokens are nearest. On `toys`, where the parts of the objects are
+known, also lessons/dinov2_features.csv, three times with other images (several checkpoints take
+turns): how often do a patch's 20 nearest patches in other images vote for its object and part?
+Nearest is by the cosine of tokens, trained or not, or of the patches' pixels, each minus the mean
+of all, or by the distance of colours or positions.
 """
 
 import sys
@@ -51,7 +51,7 @@ def components(x, k):
 
 def foreground(patches):
     """(N, h, w, D) -> bool (N, h, w): the first component of all patches together, cut at 0 (paper,
-    Section 7.5). Its sign means nothing: the side more of the middle lies on is the object."""
+    Section 7.5). Its sign is arbitrary: the side that is commoner in the middle is the object."""
     first = components(patches.flatten(0, 2), 1).view(patches.shape[:3])
     side = len(first[0])
     inner = slice(side // 4, side - side // 4)
@@ -80,7 +80,7 @@ def nearest(h, k):
 
 
 def without_network(x, step):
-    """Of each square of `step` pixels: (N, 3, S, S) -> name -> (N, h, w, D)."""
+    """Colour and position of each square of `step` pixels: (N, 3, S, S) -> name -> (N, h, w, D)."""
     colours = checkpoint.per_patch(x.flatten(0, 1), step).unflatten(0, (-1, 3)).movedim(1, 3)
     line = torch.linspace(-1, 1, colours.shape[1])
     places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
@@ -88,8 +88,8 @@ def without_network(x, step):
 
 
 def knn_by_part(features, parts, k=20):
-    """Share in % of the patches of the last quarter of the images whose part is the commonest among
-    the k nearest patches of the other images. features: (N, h, w, D); parts: (N, h, w), 0 for the
+    """Share in % of the patches in the last quarter of the images whose part is the commonest among
+    their k nearest patches in the other images. features: (N, h, w, D); parts: (N, h, w), 0 for the
     background, which is left out."""
     n = len(features) * 3 // 4
     fit, test = features[:n][parts[:n] > 0], features[n:][parts[n:] > 0]
@@ -102,10 +102,10 @@ def knn_by_part(features, parts, k=20):
 
 
 def measure(method, net, x, labels, parts, seed, run):
-    """Rows, by features. parts: (N, S, S)."""
+    """A row for each kind of features. parts: (N, S, S)."""
     step = net.backbone.patch_size
     known = checkpoint.most(parts, step)
-    known = torch.where(known > 0, 10 * labels.view(-1, 1, 1) + known, 0)  # a part of a thing
+    known = torch.where(known > 0, 10 * labels.view(-1, 1, 1) + known, 0)  # a part of an object
     found = {}
     kinds = checkpoint.kinds_of_features(method, method.__name__, net, seed, run)
     for name, f in kinds.items():
@@ -144,8 +144,8 @@ def draw(whole, columns, means):
 
 def main(argv=None):
     p = checkpoint.parser(__doc__)
-    p.add_argument("--labels", **common.FROM_0, nargs="+", help="classes to show (of two images)")
-    p.add_argument("--method", choices=METHODS, default="dinov2", help="its file (dinov2)")
+    p.add_argument("--labels", **common.FROM_0, nargs="+", help="classes to show (the first two)")
+    p.add_argument("--method", choices=METHODS, default="dinov2", help="of the checkpoint (dinov2)")
     own, options = p.parse_known_args(argv)
     method = METHODS[own.method]
     trained = [checkpoint.load(method, own, options, path) for path in own.checkpoints]
@@ -158,7 +158,7 @@ def main(argv=None):
         rows += measure(method, net, x, labels, parts, seed, run)
     chosen = own.labels or labels.unique()[:2].tolist()
     if not set(chosen) <= set(labels.tolist()):
-        common.fail(f"--labels {chosen}: the {len(x)} images are not of all these classes")
+        common.fail(f"--labels {chosen}: not all of these classes are among the {len(x)} images")
     things = dict(enumerate(common.THINGS)) if rows else {}
     chosen = {label: things.get(label, f"class {label}") for label in chosen}
     columns = pictures(x, *checkpoint.tokens(net, x, run), labels, chosen)
@@ -169,8 +169,8 @@ def main(argv=None):
     means = shared.over_seeds(rows, ["features"], ["same_part"])
     ours, *others = means
     best = max(others, key=lambda row: row["same_part"])
-    text = (f"the 20 nearest patches vote for the right part of {ours['same_part']:.0f} % of the "
-            f"patches by the tokens of {own.method}.py ({min(own.seeds, len(trained))} run(s)), of "
+    text = (f"the 20 nearest patches vote for the right part for {ours['same_part']:.0f} % of the "
+            f"patches by tokens of {own.method}.py ({min(own.seeds, len(trained))} run(s)), for "
             f"{best['same_part']:.0f} % by {best['features']}, the best of the others.")
     holds = shared.compare(ours, best, "same_part") > 0
     shared.figure(f"{own.out}/dinov2_features.png", (14, 6), draw, columns, means, claim=CLAIM,

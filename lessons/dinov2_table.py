@@ -1,28 +1,28 @@
 """From iBOT to DINOv2, one change at a time (DINOv2).
 
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", the table from iBOT to
-DINOv2. Paper: Table 1 and Section 6.1. Its figures are of ViT-L, trained on ImageNet-22k, k-NN and
-linear probe on ImageNet-1k, one run a row; a difference there has no noise beside it. Here every
-row is run with several seeds, and a difference counts where it is two standard errors or more. With
-3 seeds about two of the 20 differences do so even if no change does anything.
+DINOv2. Paper: Table 1 and Section 6.1. Its numbers are for ViT-L, trained on ImageNet-22k,
+k-NN and linear probe on ImageNet-1k, one run per row, so the noise of a difference is unknown. Here
+every row has several seeds, and a difference counts if it is at least two standard errors. With 3
+seeds about two of the 20 differences do so even if no change does anything.
 
 The changes add up as on the slide: every row is dinov2.py with the options of the row above and one
-more change, below in ROWS. The first row has no stochastic depth (iBOT's recipe: 0.1), as the
-second adds it. No gamma at all cannot be had there, the nearest to none is to start with LayerScale
-at 1. That of toys is 0.1, which is for networks of up to 18 blocks (Touvron et al. 2021, 1e-5 for
-24). Patches of 14 pixels are a third more than those of 16; those of small images are halved, which
-makes four times as many. The batch gets larger at the same number of epochs: there are fewer steps,
-lr grows by the root of the ratio.
+more change (ROWS, below). The first row has no stochastic depth (iBOT's recipe: 0.1), since the
+second adds it. LayerScale cannot be switched off; a start at 1 is nearest to that. On toys the
+second row starts it at 0.1, which is for networks of up to 18 blocks (Touvron et al. 2021, 1e-5 for
+24). There are a third more patches of 14 pixels than of 16; for small images the side of a patch is
+halved, which makes four times as many. The batch gets larger at the same number of epochs, so there
+are fewer steps, and lr grows by the root of the ratio.
 
     python lessons/dinov2_table.py                         11 rows with 3 seeds, 3 epochs
     python lessons/dinov2_table.py --seeds 1               a third of them; the others can follow
     python lessons/dinov2_table.py --dataset cifar10 --arch vit_tiny --epochs 100 --compile
     python lessons/dinov2_table.py --dataset PATH --values paper --arch vit_large --epochs 500
 
-Options that are not listed in --help go to dinov2.py; those that a row sets are the row's. A run
-that has its results.json in --runs is not made again, an interrupted one goes on: the table can be
-finished in parts. Writes lessons/dinov2_table.csv, a line per run, and lessons/dinov2_table.png.
-All figures but the slide's are of the validation images, never of the test set.
+Options that are not listed in --help go to dinov2.py, except those that a row sets. A run whose
+results.json is in --runs is not repeated, and an interrupted one is resumed, so the table can be
+made in parts. Writes lessons/dinov2_table.csv, a line per run, and lessons/dinov2_table.png. All
+results but the slide's are on validation images, never on the test set.
 """
 
 import json
@@ -37,8 +37,8 @@ import dinov2
 from lessons import shared
 
 # Values for toys, for images of up to 64 pixels, and the paper's, or one for all. What the paper
-# does not say is of the released recipes: iBOT's before a change, and of the warm-ups (10 and 30
-# epochs of 800) DINOv2's after it (80 and 30 of 500).
+# does not give is from the released recipes: iBOT's before a change (warm-ups of 10 and 30 epochs
+# of 800), and for the warm-ups DINOv2's after it (80 and 30 of 500).
 VALUES = ("toys", "small", "paper")
 BASE = {  # of all rows
     "image_size": (32, 32, 224), "local_size": (16, 16, 98), "lr": (4e-3, 1e-3, 4e-3),
@@ -74,7 +74,7 @@ def column(table, values):
 
 
 def options(values):
-    """Row -> {option: value}, those of the rows above with it."""
+    """Row -> {option: value}, including those of the rows above."""
     chosen, table = {}, {}
     for row, (change, *_) in ROWS.items():
         chosen = chosen | column(change, values)
@@ -100,7 +100,7 @@ def results_of(folder, argv):
     results, last, note = (folder / f for f in ("results.json", "last.pt", "asked.json"))
     args.resume = last.exists()
     if args.resume and (not note.exists() or json.loads(note.read_text()) != asked):
-        common.fail(f"{folder} holds a run with other options, give another --runs")
+        common.fail(f"{folder} holds a run with other options; give another --runs")
     if results.exists():
         return json.loads(results.read_text())
     if not args.resume:  # a run that was killed before its first checkpoint leaves its folder
@@ -122,13 +122,13 @@ def difference(now, above):
 
 
 def answer(table):
-    """How many rows change something."""
+    """How many changes make a difference."""
     rows = [*table.values()]
     words = [difference(b[key], a[key])[2] for key in TOP1 for a, b in zip(rows, rows[1:])]
-    text = f"{words.count('')} of {len(words)} differences to the row above are two standard errors"
-    # of noise alone about two are, and more than five in few of a hundred tables
+    text = f"{words.count('')} of {len(words)} differences from the row above are at least two"
+    # noise alone makes about two, and more than five in only a few of a hundred tables
     holds = None if words.count("") > 5 else False
-    return shared.answer(holds, text + " or more; about two would be by chance.")
+    return shared.answer(holds, text + " standard errors; chance alone would give about two.")
 
 
 def draw(whole, means, epochs):
@@ -149,10 +149,10 @@ def draw(whole, means, epochs):
 
 
 def show(table):
-    """Print the means over seeds; differences to the row above, their standard errors and those of
-    the slide."""
+    """Print the means over seeds, the differences from the row above with their standard errors,
+    and the slide's differences."""
     for i, key in enumerate(TOP1, 1):
-        print(f"\n{key} of validation images, its change, that of the slide")
+        print(f"\n{key} on validation images, its change, the change on the slide")
         above = next(iter(table))
         for row, columns in table.items():
             change, error, word = difference(columns[key], table[above][key])
@@ -164,7 +164,7 @@ def show(table):
 
 def main(argv=None):
     p = shared.parser(__doc__, "dinov2_table", epochs=3)
-    p.add_argument("--values", choices=VALUES, help="of the rows (toys, other data: small)")
+    p.add_argument("--values", choices=VALUES, help="values of the rows (toys, other data: small)")
     own, others = p.parse_known_args(argv)
     args = common.options("dinov2", __doc__, dinov2.OPTIONS, others)
     values = own.values or ("toys" if args.dataset == common.BUILT_IN else "small")
@@ -175,7 +175,7 @@ def main(argv=None):
             found = results_of(Path(own.runs) / f"{number}-s{seed}",
                                [*base, *flags(chosen), "--seed", str(seed)])
             if "linear_top1" not in found:
-                common.fail("these images have no labels, there is nothing to probe for")
+                common.fail("these images have no labels, so there is nothing to probe")
             rows.append(found | {"row": row, "seconds": found["train_seconds"]})
     shared.write_csv(f"{own.out}/dinov2_table.csv", rows, [
         "row", "seed", "epochs", *chosen, *TOP1, *FLOORS, "seconds", "rank_h", "spread"])

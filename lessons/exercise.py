@@ -2,13 +2,13 @@
 
     python lessons/exercise.py simclr nt_xent      writes exercises/simclr.py
     python -m pytest exercises                     says what is wrong with it, in a sentence
-    python lessons/exercise.py --all               a course: one exercise a file, the easiest first
+    python lessons/exercise.py --all               a course: one exercise per file, easiest first
     python lessons/exercise.py --list
 
-The docstring of the function says what it does, mostly as an equation. Your function and
-those in which we have planted a known mistake (tests/mistakes.py) get the same random inputs: if it
-returns what one of them returns, gradients and changed inputs included, that is the mistake. Else
-you are told which test failed, and what your function gives and ours.
+The docstring of the function says what it does, mostly as an equation. Your function gets the
+same random inputs as versions with a known mistake (tests/mistakes.py): if it returns what one of
+them returns, gradients and changed inputs included, you have made that mistake. Otherwise you are
+told which test failed, and what your function and ours give.
 """
 
 import ast
@@ -51,7 +51,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]  # they stand in for no module
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]  # exercises shadow no module
 sys.path.append({root!r})
 from lessons import exercise
 
@@ -67,7 +67,7 @@ def test_exercise(file):
 
 
 def z(*shape, seed=0):
-    """Numbers with a gradient, the same in each call."""
+    """Random numbers that require a gradient, the same in each call."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
 
@@ -97,7 +97,7 @@ def run_lars(module):
 
 
 def run_split_norm(module):
-    """Two steps of four parts and one in eval mode -> outputs and statistics."""
+    """Two calls with four parts each and one in eval mode -> outputs and statistics."""
     norm = module.SplitBatchNorm2d(3, 4).double()
     out = [norm(plain(8, 3, 2, 2, seed=step) + step) for step in range(2)]
     out.append(norm.eval()(plain(8, 3, 2, 2)))
@@ -118,7 +118,7 @@ BOTH = [plain(1, 1, 6, seed=9)[0], 0.1, 0.05]  # centre, tau_s, tau_t
 PATCHES = [[z(3, 5, 6, seed=i), z(3, 5, 6, seed=i + 1)] for i in (20, 30)]
 MASKING = SimpleNamespace(seed=0, batch_size=4, mask_crops=0.5, mask_ratio=[0.1, 0.5],
                           random_masks=False, image_size=28, patch_size=4)
-THERE = torch.arange(5) < torch.tensor([[5], [2], [1]])  # images of three bags
+THERE = torch.arange(5) < torch.tensor([[5], [2], [1]])  # which places of three bags hold an image
 VOTES = ((plain(200, 1) > 0) ^ (plain(200, 4, seed=1) < torch.tensor([-1, -1, -0.5, 0.7]))).long()
 INPUTS = {  # by function: arguments of some calls
     "lr_at": times(5, 0.3) + times(0, 0.3),
@@ -204,7 +204,7 @@ def results(module, function):
 
 @cache
 def outcome(source, function):
-    """-> results and None, or None and what the function stopped with."""
+    """-> results and None, or None and the error that stopped the function."""
     module = {}
     try:
         exec(compile(source, "exercise", "exec"), module)
@@ -214,7 +214,7 @@ def outcome(source, function):
 
 
 def agree(a, b):
-    """The same verbs, shapes and numbers, NaN included."""
+    """Whether verbs, shapes and numbers are the same, NaN included."""
     same = partial(torch.allclose, rtol=1e-6, atol=1e-6, equal_nan=True)
     return len(a) == len(b) and all(
         v == w and x.shape == y.shape and same(x, y) for (v, x), (w, y) in zip(a, b))
@@ -239,7 +239,7 @@ def diagnose(source, method, function):
 
 
 def difference(source, method, function):
-    """Where the function in this source does something else than ours: a sentence, or None."""
+    """Where the function in this source differs from ours: a sentence, or None."""
     found, _ = outcome(source, function)
     ours, _ = outcome((ROOT / f"{method}.py").read_text(), function)
     for a, b in zip(found, ours):
@@ -272,7 +272,7 @@ def blank(method, function):
 
 @cache
 def tests_of(method, function):
-    """The tests that grade it: of its docstring, and those that catch its known mistakes."""
+    """The tests that grade a function: those of its docstring and of its known mistakes."""
     tree = ast.parse((ROOT / f"{method}.py").read_text())
     node = next(n for n in tree.body if getattr(n, "name", "") == function.split(".")[0])
     named = re.findall(r"Test: (test_\w+)", ast.get_docstring(node))
@@ -300,11 +300,11 @@ def grade(file):
 
 
 def write(folder, name, method, function, again):
-    """An exercise to folder/name.py."""
+    """Write an exercise to folder/name.py."""
     source = HEADER.format(function, method, name) + blank(method, function)
     file = Path(folder) / f"{name}.py"
     if file.exists() and file.read_text() != source and not again:
-        common.fail(f"{file} is there, with work in it: --again begins anew")
+        common.fail(f"{file} has work in it: --again overwrites it")
     common.write(file, source)
     common.write(Path(folder) / "test_exercises.py", GRADER.format(root=str(ROOT)))
     return file
@@ -314,8 +314,8 @@ def main(argv=None):
     p = common.Parser(description=__doc__.split("\n")[0])
     p.add_argument("method", nargs="?", help="simclr, moco, ...")
     p.add_argument("function", nargs="?", help="nt_xent, ...")
-    p.add_argument("--all", action="store_true", help="all exercises, one a file")
-    p.add_argument("--list", action="store_true", help="all exercises, without writing them")
+    p.add_argument("--all", action="store_true", help="write all exercises, one per file")
+    p.add_argument("--list", action="store_true", help="list all exercises and write none")
     p.add_argument("--again", action="store_true", help="overwrite what is there")
     p.add_argument("--out", default="exercises", help="folder (exercises)")
     args = p.parse_args(argv)
@@ -325,7 +325,7 @@ def main(argv=None):
     if args.all:
         chosen = [(f"{i:02}_{m}_{f.replace('.', '_')}", m, f) for i, (m, f) in enumerate(COURSE, 1)]
     elif (args.method, args.function) not in COURSE:
-        common.fail("which exercise? METHOD FUNCTION, one of those of --list, or --all")
+        common.fail("which exercise? give METHOD FUNCTION, as in --list, or --all")
     shared.folder(args.out)
     for name, method, function in chosen:
         file = write(args.out, name, method, function, args.again)

@@ -2,17 +2,17 @@
 
 Slides: "self-supervised learning lets us pre-train models to extract general, reusable
 representations, reducing the need for labeled data later". Paper: SimCLR, Table 7 and Appendix B.5
-(semi-supervised); BYOL, Table 2. Any backbone.pt of this project will do, but for those of
-pretext.py that do not take RGB images: patch, jigsaw, colorization, splitbrain and cpc. Of a ViT
+(semi-supervised); BYOL, Table 2. Any backbone.pt of this project will do, except those of
+pretext.py that do not take RGB images: patch, jigsaw, colorization, splitbrain and cpc. For a ViT
 the class token is used.
 
-From the same labels, so many a class, and tested on the same images:
+Compared, with the same labels (so many per class) and the same test images:
   frozen        logistic regression on h of the backbone, which stays as it is
   fine-tuned    the whole network, started from the backbone
   from scratch  the same network, updates and augmentation, started from random weights
   untrained     logistic regression on h of random weights: the floor
 
-Photographs are needed: the things of `toys` are so plain that ten labelled ones teach the rest.
+Photographs are needed: the objects in `toys` are so plain that ten labelled ones are enough.
 
     python simclr.py --dataset cifar10
     python lessons/few_labels.py runs/simclr-cifar10-s0/backbone.pt
@@ -22,11 +22,11 @@ Options that are not listed in --help (--limit, --device, ...) go to simclr.py, 
 evaluation are used. Writes lessons/few_labels.csv, a line per network, and few_labels.png.
 
 As in the paper: class-balanced draws of labels, Nesterov momentum 0.9, no weight decay, no warm-up,
-crops and flips only. As in the released code: the rate falls to 0 as a half cosine, and the new
-last layer starts at zero. Departures: every network makes --updates, or as many as --passes over
-the labels take where that is more (paper: 60 epochs for 1 %, 30 for 10 %); the rate of each start
-(paper: 0.05 * batch / 256) and the penalty of each regression are chosen once, on the validation
-images, at --choose-at labels a class. Test images are read once for each finished network.
+crops and flips only. As in the released code: the rate falls to 0 by half a cosine, and the new
+last layer starts at zero. Departures: every network takes --updates steps, or --passes passes over
+the labels if that is more (paper: 60 epochs for 1 %, 30 for 10 %); the rate of each start (paper:
+0.05 * batch / 256) and the penalty of each regression are chosen once, on the validation images,
+with --choose-at labels per class. Test images are read once for each finished network.
 """
 
 import copy
@@ -48,7 +48,7 @@ CLAIM = "What was learned without labels needs fewer of them later"
 
 
 def subset(labels, pool, each, seed):
-    """The first `each` of every class of a random order of pool, (n,) indices -> indices."""
+    """The first `each` of every class in a random order of pool: (n,) indices -> indices."""
     mix = torch.Generator().manual_seed(seed)
     pool = pool[torch.randperm(len(pool), generator=mix)]
     return torch.cat([pool[labels[pool] == c][:each] for c in labels[pool].unique()])
@@ -81,7 +81,7 @@ def finetune(net, images, index, lr, seed, run):
 
 
 def outputs(net, part, run):
-    """Of net for the images of part, and their labels."""
+    """Outputs of net for the images of part, and their labels."""
     view = simclr.central(run.args.image_size)
     return common.embed(lambda x: [net(*x)], part, view, run)
 
@@ -97,7 +97,7 @@ def regress(net, fit, part, penalties, run):
 
 
 def choose(net, floor, data, run):
-    """What is best on the validation images at --choose-at labels a class -> way: its rate, or
+    """What is best on the validation images with --choose-at labels per class -> way: its rate, or
     for the regressions the penalties down to the best."""
     images, pool = data.fit
     index = subset(images.labels, pool, run.args.choose_at, seed=0)
@@ -114,7 +114,7 @@ def choose(net, floor, data, run):
 
 
 def compare(net, floor, chosen, data, each, seed, run):
-    """Test top-1 from so many labels a class, a row for each way."""
+    """Test top-1 with `each` labels per class, a row for each way."""
     images, pool = data.fit
     index = subset(images.labels, pool, each, seed)
     found = {}
@@ -126,7 +126,7 @@ def compare(net, floor, chosen, data, each, seed, run):
             tuned = finetune(start, images, index, chosen[name], seed, run)
             found[name] = top1(tuned, data.test, run)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-    print(f"{each} labels a class, seed {seed}: {shown} %")
+    print(f"{each} labels per class, seed {seed}: {shown} %")
     return [{"labels a class": each, "seed": seed, "how": name, "test_top1": value}
             for name, value in found.items()]
 
@@ -154,7 +154,7 @@ def answer(means):
     figures = ", ".join(f"{name} {rows[middle]['test_top1']:.0f} %" for name, rows in ways.items())
     holds = None if any(ahead) and not all(ahead) else all(ahead)
     return shared.answer(holds, f"frozen features are ahead of training from scratch with "
-                         f"{', '.join(counts) or 'no number of'} labels a class. With "
+                         f"{', '.join(counts) or 'no number of'} labels per class. With "
                          f"{pairs[middle][0]['labels a class']}: {figures}.")
 
 
@@ -164,10 +164,10 @@ def main(argv=None):
     o("backbone", metavar="BACKBONE.pt")
     o("--dataset", help="toys, a torchvision set or a folder (that of the backbone)")
     o("--labels", **common.FROM_1, nargs="+", default=[1, 2, 5, 10, 50, 500],
-      help="a class (1 2 5 10 50 500)")
-    o("--choose-at", **common.FROM_1, default=50, help="labels a class to choose the rate at (50)")
-    o("--updates", **common.FROM_1, default=600, help="of a network, at least (600)")
-    o("--passes", **common.FROM_1, default=30, help="over the labels, at least (30)")
+      help="labels per class (1 2 5 10 50 500)")
+    o("--choose-at", **common.FROM_1, default=50, help="labels per class for choosing rates (50)")
+    o("--updates", **common.FROM_1, default=600, help="steps of a network, at least (600)")
+    o("--passes", **common.FROM_1, default=30, help="passes over the labels, at least (30)")
     o("--batch-size", **common.FROM_1, default=64, help="at most (64)")
     o("--lrs", **common.POSITIVE, nargs="+", default=[0.05, 0.2, 0.8], help="rates to choose from")
     own, options = p.parse_known_args(argv)

@@ -1,15 +1,15 @@
-"""What the projection head forgets, and why it is dropped (SimCLR).
+"""What the projection head discards, and why it is dropped (SimCLR).
 
 Slides: "Explain in simple terms why we drop the projection head when moving to downstream tasks",
 and "What did we learn from SimCLR?": a nonlinear head helps the model learn better representations.
 Paper: Section 4.2, Figure 8: mlp > linear > none, and h is better than z = g(h) by over 10 points;
-Table 3: h tells which transformation was applied to an image, z does so far less.
+Table 3: h reveals which transformation was applied to an image, z much less.
 
-The loss asks z to be the same for both views, so z forgets what the augmentation changes (flips the
-side x, jitter the lightness, crops place and size), whether a downstream task needs it or not. With
-a head in between only g has to forget, and h may keep it; without one h forgets. Here the hidden
-factors of the built-in set are read from both by ridge regression, and the class by a linear probe:
-R^2 and top-1 on validation images.
+The loss asks z to be the same for both views, so it discards what the augmentation changes (flips
+change the horizontal position x, jitter the lightness, crops position and size), whether or not a
+downstream task needs it. With a head in between, only g has to discard it and h may keep it;
+without one, h discards it. Here the hidden factors of the built-in set are read from both by ridge
+regression, and the class by a linear probe: R^2 and top-1 on validation images.
 
     python lessons/head.py
     python lessons/head.py --epochs 20 --seeds 5
@@ -89,12 +89,12 @@ def draw(whole, means):
 
 
 def r2_of(row, key):
-    """This column of a row of over_seeds as its column R2."""
+    """This column of a row of over_seeds, renamed to R2."""
     return {"R2": row[key], "R2_sd": row[f"{key}_sd"], "seeds": row["seeds"]}
 
 
 def answer(means):
-    """Do z, and h without a head, tell less than h of what flips and jitter change?"""
+    """Do z, and h without a head, say less than h about what flips and jitter change?"""
     mlp, none = means[-1], means[0]
     parts, lost = [], []
     for k in FACTORS:
@@ -110,7 +110,7 @@ def answer(means):
 
 
 def report(own, rows):
-    """The table and the figure of the runs until now."""
+    """The table and the figure of the runs so far."""
     shared.write_csv(f"{own.out}/head.csv", rows, ["head", "seed", "epochs", *KEYS])
     means = shared.over_seeds(rows, ["head"], KEYS)
     shared.figure(f"{own.out}/head.png", (11, 4.3), draw, means, claim=CLAIM, answer=answer(means))

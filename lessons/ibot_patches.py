@@ -1,29 +1,29 @@
-"""Parts that find each other: patch tokens of two views, and of two things (iBOT).
+"""Patch tokens find their place in another view, and in another object (iBOT).
 
 Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iBOT)". Paper,
 Appendix G.3, "Sparse correspondence": patch tokens of two views of an image, or of two images of a
-class, are matched. Here those are that are each other's nearest by cosine, after subtracting the
-mean of all (paper: and have the highest self-attention).
+class, are matched. Here two tokens match if each is the other's nearest by cosine, after
+subtracting the mean of all (paper: and if they have the highest self-attention).
 
-A single hidden patch can be guessed from its neighbours; of a hidden block one has to know what it
-is part of. So a token is drawn to say which part of what it shows, and the same part elsewhere is
-to say the same.
+A single masked patch can be guessed from its neighbours; for a masked block one has to know what it
+is part of. So a token learns to say which part of what it shows, and the same part elsewhere should
+say the same.
 
     python ibot.py --epochs 100
     python lessons/ibot_patches.py runs/ibot-toys-s0/last.pt
     python lessons/ibot_patches.py checkpoint_teacher.pth --dataset PATH --size 448 --finer 1
 
 CHECKPOINT: last.pt or backbone.pt of ibot.py, or a released file; or several, for different seeds.
-Options that are not listed in --help are those of ibot.py (--device, --patch-size); what is not
-given is as in the run.
+Options that are not listed in --help are those of ibot.py (--device, --patch-size), by default as
+in the run.
 
 Writes lessons/ibot_patches.csv and lessons/ibot_patches.png: matched patches, and how many matches
-are right, three times for other images (several checkpoints take turns). The views are crops of 40
-to 100 % of the area, one mirrored, in other colours: which place of one is which of the other is
-known. On `toys` so are the parts, and matches of patches that show a thing are counted. Beside
-iBOT's tokens stand those of the untrained network, the patches' pixels, and random pairs: every
-patch of the one with every patch of the other. Images are whole central squares: of `toys` new
-ones, of other sets validation images, of a folder without labels all.
+are right, three times with other images (several checkpoints take turns). The views are crops of 40
+to 100 % of the area, one mirrored, in other colours, so it is known which places correspond. On
+`toys` the parts are known, too, and only matches of patches that show an object are counted. iBOT's
+tokens are compared with those of the untrained network, with the patches' pixels, and with random
+pairs: every patch of the one with every patch of the other. Images are whole central squares: new
+ones for `toys`, validation images for other sets, all images of a folder without labels.
 """
 
 import math
@@ -80,40 +80,40 @@ def places(boxes, mirrored, side):
 
 
 def near(boxes, mirrored, side):
-    """Which patches of two views are at most one patch apart along both axes, a patch being as
-    large as it is in the two on average: (2, N, 4), (2, N, 1, 1) -> (N, T, T) bool."""
+    """Which patches of two views are at most one patch apart along both axes, with the mean size of
+    a patch in the two views: (2, N, 4), (2, N, 1, 1) -> (N, T, T) bool."""
     patch = boxes[:, :, None, 2:].mean(0) / side  # (N, 1, 2)
     a, b = (places(*view, side) / patch for view in zip(boxes, mirrored))
     return torch.cdist(a, b, p=math.inf) <= 1.0001
 
 
 def alike(a, b, patch):
-    """Which pairs of patches are of the same part: parts (N, S, S) of two images of a class each
-    -> (N, T, T), 0 or 1, nan where the patch of a shows no part."""
+    """Which pairs of patches show the same part: parts (N, S, S) of N pairs of images of a class ->
+    (N, T, T), 0 or 1, nan where the patch of a shows no part."""
     a, b = (checkpoint.most(parts, patch).flatten(1) for parts in (a, b))
     return torch.where(a.unsqueeze(2) > 0, (a.unsqueeze(2) == b.unsqueeze(1)).float(), math.nan)
 
 
 def share(good, found=None):
-    """Share in % of pairs of patches that are good: (N, T, T), N lists of pairs or None for all;
-    nan is left out."""
+    """Share in % of pairs of patches that are good. good: (N, T, T), nan is left out; found: N
+    lists of pairs, or None for all."""
     if found is not None:
         good = torch.cat([g[pair] for g, pair in zip(good, found)])
     return 100 * good.nanmean().item()
 
 
 def two_images(labels):
-    """Index of images (M,) and of others (M,) of the same class."""
+    """Indices of pairs of images of the same class: (M,), (M,)."""
     order = labels.argsort(stable=True)
     a, b = order[:-1], order[1:]
     same = labels[a] == labels[b]
     if not same.any():
-        common.fail("there are no two images of a class, raise --images")
+        common.fail("no two images are of the same class, raise --images")
     return a[same], b[same]
 
 
 def measure(net, x, labels, parts, seed, run):
-    """Rows, by features; and pairs to be shown, by title: images, matches, which are good."""
+    """A row for each kind of features; and pairs to show, by title: images, matches, good ones."""
     step = net.backbone.patch_size
     common.reseed(seed)
     boxes, mirrored = draw_views(len(x), x.shape[-1])
@@ -161,14 +161,14 @@ def draw(whole, shown, means, side):
 
 
 def answer(means, count):
-    """count: of checkpoints."""
+    """count: number of checkpoints."""
     ours, parts, wins = means[0], [], []
     for key in [key for key in KEYS[2:] if not math.isnan(ours[key])]:
         best = max(means[1:], key=lambda row: row[key])
         wins.append(shared.compare(ours, best, key) > 0)
         parts.append(f"{ours[key]:.0f} % are of the {key.replace('_', ' ')}, by {best['features']} "
                      f"{best[key]:.0f} %")
-    other = f"; in another thing of its class {parts[1]}" if parts[1:] else ""
+    other = f"; in another object of its class {parts[1]}" if parts[1:] else ""
     return shared.answer(wins[0], f"of the matches {parts[0]}{other} ({count} run(s) of iBOT).")
 
 

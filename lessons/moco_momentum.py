@@ -5,14 +5,14 @@ Paper: v1, Section 4.1: training fails with m = 0, where keys of different ages 
 and is better the slower f_k follows, from 0.9 (55.2 % on ImageNet) to 0.999 (59.0 %).
 
 A run on the built-in set has a few hundred steps, not a million: what counts is the half-life of
-f_k beside the run and beside the time that a key waits in the queue. So the best m is smaller here,
-and a value as large as the paper's is no better.
+f_k compared with the run and with the time that a key spends in the queue. So the best m is smaller
+here, and a value as large as the paper's is no better.
 
     python lessons/moco_momentum.py
     python lessons/moco_momentum.py --dataset cifar10 --epochs 100 --ms 0 0.9 0.99 0.999
 
 Options that are not listed in --help go to moco.py. Writes lessons/moco_momentum.csv, a line per
-run, and lessons/moco_momentum.png. All figures are of validation images.
+run, and lessons/moco_momentum.png. All results are on validation images.
 """
 
 import sys
@@ -47,7 +47,7 @@ def answer(means):
 
 
 def report(own, rows):
-    """The table and the figure of the runs until now."""
+    """The table and the figure of the runs so far."""
     shared.write_csv(f"{own.out}/moco_momentum.csv", rows, ["m", "seed", "epochs", *KEYS])
     means = shared.over_seeds(rows, ["m"], KEYS)
     shared.figure(f"{own.out}/moco_momentum.png", (7, 4.3), draw, means, claim=CLAIM,
@@ -58,7 +58,7 @@ def report(own, rows):
 def main(argv=None):
     p = shared.parser(__doc__, "moco_momentum", epochs=8)
     p.add_argument("--ms", type=float, nargs="+", default=[0, 0.5, 0.9, 0.99, 0.999],
-                   help="(0 0.5 0.9 0.99 0.999)")
+                   help="values of m (0 0.5 0.9 0.99 0.999)")
     own, options = p.parse_known_args(argv)
     rows = []
     for seed in range(own.seeds):
@@ -66,7 +66,7 @@ def main(argv=None):
         for m in sorted(own.ms):
             _, data, run = shared.train(moco, own, f"m {m:g}", seed, [*options, "--m", m])
             if not data.labelled:
-                common.fail("these images have no labels, there is nothing to probe for")
+                common.fail("these images have no labels, so there is nothing to probe")
             floor = floor or shared.untrained(moco, data, run)
             rows.append(vars(run.args) | run.rows[-1] | floor)
         report(own, rows)

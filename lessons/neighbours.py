@@ -1,8 +1,8 @@
-"""What a network takes for alike: the nearest images by pixels, before and after training.
+"""Which images a network finds alike: the nearest by pixels, before and after training.
 
-Slides: "Self-Supervised Learning (SSL)": useful representations without manual annotation. For one
-test image of each of six classes the nearest training images by cosine, framed green where the
-class is the same; above them the share of the same class among the five nearest of all test images.
+Slides: "Self-Supervised Learning (SSL)": useful representations without manual annotation. It shows
+the nearest training images by cosine for one test image of each of six classes, framed green where
+the class is the same; above them, how many of the five nearest of all test images are of its class.
 
     python dino.py --epochs 100
     python lessons/neighbours.py runs/dino-toys-s0/backbone.pt
@@ -65,15 +65,15 @@ def main(argv=None):
     p = common.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("checkpoint", help="backbone.pt of a run")
     p.add_argument("--dataset", help="a name or a folder (that of the run)")
-    p.add_argument("--classes", **common.FROM_1, default=6, help="images that are looked up (6)")
-    p.add_argument("--out", type=shared.folder, default=Path(__file__).parent, help="of the PNG")
+    p.add_argument("--classes", **common.FROM_1, default=6, help="classes, one image of each (6)")
+    p.add_argument("--out", type=shared.folder, default=Path(__file__).parent, help="for the PNG")
     own = p.parse_args(argv)
     net, meta = checkpoint.backbone(own.checkpoint)
     size = meta["image_size"]
     data = common.Data(own.dataset or meta["dataset"], meta["data_dir"], meta["limit"])
     data.read(size, "cpu", meta["memory_limit"], meta["workers"])
     if not data.labelled:
-        common.fail("these images have no labels, there is nothing to compare")
+        common.fail("these images have no labels, so there is nothing to compare")
     bank, (test, _) = data.train, data.test
     chosen = [int((test.labels == c).nonzero()[0]) for c in test.labels.unique()[: own.classes]]
     name = METHODS.get(meta["method"], meta["method"])

@@ -1,23 +1,23 @@
-"""Which pretext task teaches what? All nine after the same epochs (pretext.py).
+"""Which pretext task teaches what? All nine after equally many epochs (pretext.py).
 
 Slides: "SSL: Pretext Task Taxonomy" and the trade-off before it: reconstructive tasks "capture
 low-level details, may miss semantics", predictive and contrastive ones "focus on high-level
 information". Kolesnikov et al. 2019 (arXiv 1901.09005) compare such tasks with the same networks:
-there, too, a task that is solved better need not leave better features.
+there, too, solving a task better need not lead to better features.
 
 Every task trains the same network on the same images for the same number of epochs, some with
-several crops or tiles of an image; linear probe and k-NN of h stand beside those of rotation's
-network untrained, of raw pixels, and of the same network trained with labels for as long. With
---guards pairs are shown instead: tasks with their guards against shortcuts and without, where the
-task gets easier and the features, as a rule, worse.
+several crops or tiles of an image; linear probe and k-NN of h are compared with those of rotation's
+untrained network, of raw pixels, and of the same network trained with labels for as long. --guards
+compares tasks with and without their guards against shortcuts instead: without them the task gets
+easier and the features, as a rule, worse.
 
     python lessons/pretext_tasks.py
     python lessons/pretext_tasks.py --guards
     python lessons/pretext_tasks.py --dataset cifar10 --epochs 50
 
 Options that are not listed in --help go to pretext.py. Writes lessons/pretext_tasks.csv (with
---guards: pretext_guards.csv), a line per network, and a figure of the same name. All figures are of
-the validation images, but accuracy and loss of the task, which are of its last epoch of training.
+--guards: pretext_guards.csv), a line per network, and a figure of the same name. All results are on
+validation images, except accuracy and loss of the task, which are from its last epoch of training.
 """
 
 import sys
@@ -40,7 +40,7 @@ KINDS = {
     "step to BYOL": ["view"],
 }
 TASKS = {task: f"--task {task}" for kind in KINDS.values() for task in kind}
-GUARDS = {  # a task, and below it what has lost a guard
+GUARDS = {  # a task, and below it the same without a guard
     "rotation": "--task rotation",
     "light from above": "--task rotation --shade 0",
     "turns by interpolation": "--task rotation --without exact",
@@ -65,7 +65,7 @@ def floors(own, seed, options):
     with common.Run(args) as run:
         data = common.load_data(args, pretext.OPTIONS, run)
         if not data.labelled:
-            common.fail("these images have no labels, there is nothing to probe for")
+            common.fail("these images have no labels, so there is nothing to probe")
         net = run.place(pretext.build(args))
         untrained = pretext.evaluate(net, data, args, run)
         pixels = pretext.accuracies(lambda x: [x[0].flatten(1)], [""],
@@ -78,7 +78,7 @@ def floors(own, seed, options):
 
 
 def train_with_labels(net, data, args, run):
-    """As many epochs as a task has, on the images that the probe fits."""
+    """For as many epochs as the tasks, on the images that the probe is fitted to."""
     begun, (images, index) = time.perf_counter(), data.fit
     batch, mix = min(32, len(index)), torch.Generator().manual_seed(args.seed)
     steps = args.epochs * (len(index) // batch)
@@ -118,7 +118,7 @@ def draw(whole, means, epochs):
 
 
 def of_tasks(rows, means):
-    """Whether all tasks are above the untrained network, in words, and the kinds of tasks."""
+    """In words: whether all tasks are above the untrained network, and the mean of each kind."""
     named = {row["name"]: row for row in means}
     tasks = sorted((row for name, row in named.items() if name not in FLOORS),
                    key=lambda row: row["linear_top1"])
@@ -136,7 +136,7 @@ def of_tasks(rows, means):
 
 
 def of_guards(means):
-    """How many guards are missed, in words."""
+    """In words: how many guards make a difference."""
     named = {row["name"]: row for row in means}
     parts, signs = [], []
     for name, flags in GUARDS.items():
@@ -145,14 +145,14 @@ def of_guards(means):
             signs.append(shared.compare(named[name], named[task], "linear_top1"))
             parts.append(", ".join(f"{k} {named[k]['linear_top1']:.0f} %" for k in (task, name)))
     fallen = signs.count(-1)
-    return shared.answer(2 * fallen > len(signs), f"{fallen} of {len(signs)} are worse beyond the "
-                         f"noise in the linear probe of h: {'; '.join(parts)}.")
+    return shared.answer(2 * fallen > len(signs), f"{fallen} of {len(signs)} without a guard are "
+                         f"worse beyond the noise in the linear probe of h: {'; '.join(parts)}.")
 
 
 def main(argv=None):
     p = shared.parser(__doc__, "pretext", epochs=3)
-    p.add_argument("--guards", action="store_true", help="with and without guards, not all tasks")
-    p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="which (all)")
+    p.add_argument("--guards", action="store_true", help="compare tasks with and without guards")
+    p.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="tasks to run (all)")
     own, options = p.parse_known_args(argv)
     if own.guards and own.tasks != [*TASKS]:
         common.fail("--tasks is for runs without --guards")

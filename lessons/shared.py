@@ -1,4 +1,4 @@
-"""What several lessons do: options, runs, means over seeds, a table, a figure."""
+"""What the lessons share: options, runs, means over seeds, a table, a figure."""
 
 import csv
 import io
@@ -13,18 +13,18 @@ import common
 
 
 def parser(doc, name, epochs=None):
-    """The options of a lesson; what it does not know goes to the method."""
+    """The options of a lesson; those it does not know are passed on to the method."""
     p = common.Parser(description=doc.split("\n")[0], allow_abbrev=False)
     if epochs:
-        p.add_argument("--epochs", **common.FROM_1, default=epochs, help=f"of each run ({epochs})")
+        p.add_argument("--epochs", **common.FROM_1, default=epochs, help=f"per run ({epochs})")
     p.add_argument("--seeds", **common.FROM_1, default=3, help="number of seeds (3)")
     p.add_argument("--runs", default=f"runs/lessons/{name}", help="folder of the runs")
-    p.add_argument("--out", type=folder, default=Path(__file__).parent, help="of CSV and PNG")
+    p.add_argument("--out", type=folder, default=Path(__file__).parent, help="folder for CSV, PNG")
     return p
 
 
 def folder(path):
-    """A folder for results, made before the runs, which take long."""
+    """A folder for results, made before the long runs start."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,16 +33,16 @@ def folder(path):
 
 
 def refuse(options, useless=frozenset({"--seed", "--resume", "--eval"})):
-    """What a lesson, which trains several networks from the start, has no use for."""
+    """Fail on options that make no sense where a lesson trains networks of its own."""
     given = {str(o).split("=")[0] for o in options} & useless
     if given:
-        common.fail(f"this lesson has no use for {min(given)}: it trains networks of its own, for "
-                    "--seeds seeds, on images that it knows")
+        common.fail(f"this lesson does not take {min(given)}: it trains its own networks, with "
+                    "--seeds seeds, on known images")
 
 
 def train(method, own, name, seed, options, kind=common.Run):
-    """Train a method and evaluate it, on validation images -> the network, the data, and the run,
-    whose `rows` hold the figures of every epoch, the last those of the evaluation as well."""
+    """Train a method and evaluate it on validation images -> the network, the data, and the run,
+    whose `rows` hold the results of every epoch, the last one also those of the evaluation."""
     refuse(options)
     print(f"\n{name}, seed {seed}")
     label = re.sub(r"[^\w.]+", "-", name).strip("-")
@@ -54,13 +54,13 @@ def train(method, own, name, seed, options, kind=common.Run):
         if "verdict" not in run.rows[-1]:
             method.evaluate(net, data, args, run)
     if "spread" not in run.rows[-1]:
-        common.fail(f"nothing to show, {name}: {run.rows[-1]['verdict']}")
+        common.fail(f"nothing to show for {name}: {run.rows[-1]['verdict']}")
     return net, data, run
 
 
 def untrained(method, data, run):
     """The floor: linear and k-NN top-1 of h of this run's network before training, named
-    untrained_linear_top1 and untrained_knn_top1; nothing without labels."""
+    untrained_linear_top1 and untrained_knn_top1; empty without labels."""
     if not data.labelled:
         return {}
     net = method.build(run.args).to(run.device).eval()
@@ -69,8 +69,8 @@ def untrained(method, data, run):
 
 
 def over_seeds(rows, by, keys):
-    """A row for every value of the columns `by`, with the means of the columns `keys`, in
-    <key>_sd their standard deviations, and in `seeds` how many rows it stands for."""
+    """A row for every value of the columns `by`: the means of the columns `keys`, their standard
+    deviations in <key>_sd, and in `seeds` the number of rows that were averaged."""
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[k] for k in by), []).append(row)
@@ -86,16 +86,16 @@ def over_seeds(rows, by, keys):
 
 
 def compare(a, b, key):
-    """1 where the mean a[key] is above b[key], -1 where it is below, and 0 where the difference is
-    within twice its standard error; a, b: rows of over_seeds. With one seed nothing is within."""
+    """1 if the mean a[key] is above b[key], -1 if it is below, and 0 if the difference is within
+    twice its standard error; a, b: rows of over_seeds. With one seed any difference counts."""
     difference = a[key] - b[key]
     error = math.sqrt((a[f"{key}_sd"] ** 2 + b[f"{key}_sd"] ** 2) / a["seeds"])
     return 0 if abs(difference) <= 2 * error else int(math.copysign(1, difference))
 
 
 def answer(holds, text):
-    """The sentence below a figure; holds: whether the rows show its claim, None: a part of it."""
-    word = "In part" if holds is None else "Yes" if holds else "Not in these runs"
+    """The sentence below a figure; holds: whether the rows show its claim (None: partly)."""
+    word = "Partly" if holds is None else "Yes" if holds else "Not in these runs"
     return f"{word}: {text}"
 
 
@@ -122,8 +122,8 @@ def show(rows, keys, title="validation images"):
 
 
 def figure(path, size, draw, *given, claim="", answer=""):
-    """The PNG that draw(figure, *given) makes with matplotlib, where that is installed, with the
-    claim above it and the answer below, both printed as well. size: width, height in inches."""
+    """Write the PNG that draw(figure, *given) makes, if matplotlib is installed, with the claim
+    above it and the answer below; print both. size: width, height in inches."""
     for text in filter(None, (claim, answer)):
         print("\n" + textwrap.fill(text, 100))
     try:
@@ -141,8 +141,8 @@ def figure(path, size, draw, *given, claim="", answer=""):
 
 
 def lines(ax, rows, by, x, y):
-    """Of column y over column x, one for each value of the column `by`; the bars are standard
-    deviations, in rows of over_seeds."""
+    """Column y over column x, a line for each value of the column `by`; with rows of over_seeds,
+    error bars are standard deviations."""
     for value in dict.fromkeys(row[by] for row in rows):
         line = [row for row in rows if row[by] == value]
         deviations = [row.get(f"{y}_sd", 0) for row in line]
@@ -153,7 +153,7 @@ def lines(ax, rows, by, x, y):
 
 def bars(ax, rows, by, columns, hatched=(), fmt="%.0f"):
     """A group of bars for each row of over_seeds, named by its column `by`, with a bar for each of
-    columns: key -> label. The lines on them are standard deviations."""
+    `columns` (key -> label). Error bars are standard deviations."""
     width = 0.8 / len(columns)
     for i, (key, label) in enumerate(columns.items()):
         places = [x + (i - (len(columns) - 1) / 2) * width for x in range(len(rows))]
@@ -166,7 +166,7 @@ def bars(ax, rows, by, columns, hatched=(), fmt="%.0f"):
 
 
 def floor(ax, level, label="untrained network", side="right"):
-    """A dotted line at a level that takes no learning."""
+    """A dotted line at a level that is reached without learning."""
     ax.axhline(level, ls=":", c="black", lw=1)
     ax.annotate(label, (0.99 if side == "right" else 0.005, level), ha=side, va="bottom",
                 xycoords=("axes fraction", "data"), fontsize=8,

@@ -1,13 +1,13 @@
 """The teacher has to follow its student slowly (DINO).
 
 Slides: "How does DINO work?", where the teacher "is just a slowly updated version of the student".
-Paper: Figure 6: during the whole training the momentum teacher is better than the student, and so
-gives it targets of a higher quality.
+Paper: Figure 6: throughout training the momentum teacher is better than the student, and so gives
+it targets of a higher quality.
 
-Where it does not lag behind (m = 0) student and teacher chase each other. After every epoch both
-networks are asked for the class of the validation images, by k-NN of h. The teacher's momentum m
-rises to 1 by half a cosine (paper), stays at its first value (dino.py on `toys`), or is 0: then the
-teacher is the student itself.
+If it does not lag behind (m = 0), student and teacher chase each other. After every epoch both
+networks are evaluated by k-NN of h on the validation images. The teacher's momentum m rises to 1 by
+half a cosine (paper), stays at its first value (dino.py on `toys`), or is 0: then the teacher is
+the student itself.
 
     python lessons/teacher.py
     python lessons/teacher.py --dataset cifar10 --epochs 50
@@ -32,7 +32,7 @@ KEYS = ["m", "seed", "epoch", "network", "knn_top1"]
 
 
 class TwoNets(common.Run):
-    """A run that asks student and teacher after every epoch, with this schedule of m."""
+    """A run that evaluates student and teacher after every epoch, with this schedule of m."""
 
     def __init__(self, schedule, args):
         super().__init__(args)
@@ -47,7 +47,7 @@ class TwoNets(common.Run):
 
     def epochs(self, data):
         if not data.labelled:
-            common.fail("these images have no labels, there is nothing to ask for")
+            common.fail("these images have no labels, so there is nothing to compare")
         self.data = data
         yield from super().epochs(data)
 
@@ -61,7 +61,7 @@ class TwoNets(common.Run):
 
 
 def knn(net, data, run):
-    """Top-1 in % on the validation images by the nearest training images, of h."""
+    """k-NN top-1 of h in %: validation images by their nearest training images."""
     net.eval()
     view = dino.central(run.args.image_size)
     fit, val = [common.embed(lambda x: net(*x)[:1], part, view, run)
@@ -85,7 +85,7 @@ def draw(whole, means, floor):
 
 
 def answer(rows, means):
-    """Of the last teachers; and how far a teacher is ahead of its student over all epochs."""
+    """Top-1 of the last teachers; how far a teacher is ahead of its student over all epochs."""
     leads = []
     for m, seed in {(row["m"], row["seed"]): 0 for row in rows if row["m"] != ZERO}:
         top1 = {name: [row["knn_top1"] for row in rows
@@ -99,7 +99,7 @@ def answer(rows, means):
             and row["epoch"] == means[-1]["epoch"]}
     ends = ", ".join(f"{row['knn_top1']:.0f} % where it {m}" for m, row in last.items())
     holds = shared.compare(last[RISING], last[ZERO], "knn_top1") > 0
-    return shared.answer(holds, f"by its momentum the teacher ends at {ends}. On average over the "
+    return shared.answer(holds, f"depending on m the teacher ends at {ends}. On average over the "
                          f"epochs it is ahead of its student by {leads} (points).")
 
 

@@ -4,18 +4,18 @@ Slides: "derive and visualize how batch size and temperature (tau) shape the spr
 embeddings", and "What did we learn from SimCLR?": it needs large batches. Paper: Table 5
 (temperature), Figure 9 (batch size); Wang & Isola 2020 (alignment and uniformity).
 
-With a small tau the softmax is over the nearest negatives alone, and pushes them apart. With a
-large tau all negatives weigh the same, and images that are alike stay together. What is best for
-the class lies between. In a short run a very small tau has not spread z yet.
+With a small tau only the nearest negatives count in the softmax, and are pushed apart. With a large
+tau all negatives weigh the same, and similar images stay together. What is best for the class lies
+in between. In a short run a very small tau has not spread z out yet.
 
     python lessons/temperature.py
     python lessons/temperature.py --dataset cifar10 --epochs 50 --batch-sizes 128 2048
 
 Options that are not listed in --help go to simclr.py. Writes lessons/temperature.csv, a line per
-run, and lessons/temperature.png: cosine similarities of views of one image and of two for each tau,
-alignment and uniformity, top-1 against tau and against batch size. All figures are of validation
-images. With the epochs fixed a larger batch means fewer steps with a larger rate (simclr.py scales
-it), as in the paper's Figure 9.
+run, and lessons/temperature.png: for each tau the cosine similarities of views of one image and of
+two images, alignment and uniformity; top-1 against tau and against batch size. All results are on
+validation images. With the epochs fixed, a larger batch means fewer steps with a larger rate
+(simclr.py scales it), as in the paper's Figure 9.
 """
 
 import sys
@@ -38,7 +38,7 @@ COLUMNS = ("tau batch_size seed epochs alignment uniformity spread rank_z rank_h
 
 @torch.no_grad()
 def similarities(net, data, run):
-    """Histograms of the cosine similarity of two views, of one image and of two."""
+    """Histograms of the cosine similarity of two views: of one image, and of two images."""
     net.eval()
 
     def two_views(views):
@@ -63,7 +63,7 @@ def measure(own, name, seed, options):
 
 
 def draw(whole, by_tau, by_batch):
-    """Both: a row for each value."""
+    """by_tau, by_batch: a row for each value."""
     left, middle, right = whole.subfigures(1, 3, width_ratios=[1.1, 1, 1])
     draw_similarities(left.subplots(len(by_tau), 1, sharex=True, squeeze=False)[:, 0], by_tau)
     upper, lower = middle.subplots(2, 1, sharex=True)
@@ -103,7 +103,7 @@ def draw_sweep(ax, rows, x, columns):
 
 
 def answer(by_tau):
-    """Is the best tau above both ends, and z more spread there?"""
+    """Is the best tau better than both ends, and z more spread out there?"""
     first, last = by_tau[0], by_tau[-1]
     score = "linear_top1" if "linear_top1" in first else "spread"
     best = max(by_tau, key=lambda row: row[score])
@@ -118,7 +118,7 @@ def answer(by_tau):
 
 
 def report(own, rows, keys, recipe):
-    """The table and the figure of the runs until now; recipe: a row of both sweeps."""
+    """The table and the figure of the runs so far; recipe: the row that both sweeps share."""
     shared.write_csv(f"{own.out}/temperature.csv", rows, keys)
     means = shared.over_seeds(rows, ["tau", "batch_size"], [*keys[4:], "positive", "negative"])
     means.sort(key=lambda row: (row["tau"], row["batch_size"]))
@@ -132,9 +132,9 @@ def report(own, rows, keys, recipe):
 def main(argv=None):
     p = shared.parser(__doc__, "temperature", epochs=4)
     p.add_argument("--taus", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.5, 2.0],
-                   help="(0.05 0.1 0.2 0.5 2)")
+                   help="values of tau (0.05 0.1 0.2 0.5 2)")
     p.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 256],
-                   help="at the recipe's tau, beside the recipe's batch size (16 256)")
+                   help="at the recipe's tau, in addition to its batch size (16 256)")
     own, options = p.parse_known_args(argv)
     rows = []
     for seed in range(own.seeds):

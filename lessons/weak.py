@@ -3,22 +3,22 @@
 Slides: "How can we do Weak Supervised Learning?", a figure for each of the four ways, with what the
 method reaches between a floor and a ceiling.
 
-  labeling  A label model learns from votes alone which sources to trust. With planted sources it is
-            better than the majority where some are better than others, the same where they are
-            alike, and worse where one is counted six times, as it takes agreement for accuracy.
-            Last: networks that learned from rules on images.
+  labeling  A label model learns from votes alone which sources to trust. With planted sources it
+            beats the majority if they differ in accuracy, equals it if they do not, and is worse if
+            one is counted six times, as it mistakes agreement for accuracy. Last: networks trained
+            on labels that rules give to images.
   bags      Only the bag has a label. AUC of bags, and of the images in them by attention or logit;
             below, a bag, with the attention of every image as a black bar.
-  noisy     Two networks that select for each other, one that learns all labels, and true labels,
-            after the last epoch; "best": the best epoch of the one that learns all, which is higher
-            where wrong labels are learned by heart later on.
-  pseudo    Few labels and many images without, few labels alone, and all labels.
+  noisy     Two networks that select images for each other, one trained on all labels, and one on
+            true labels, after the last epoch; "best": the best epoch of the one on all labels,
+            which is higher if wrong labels are memorised later on.
+  pseudo    Few labels and many unlabelled images, few labels alone, and all labels.
 
     python lessons/weak.py                  33 runs, 22 minutes of a CPU core
     python lessons/weak.py --tasks bags noisy pseudo --dataset cifar10 --epochs 50
 
 Options that are not listed in --help go to weak.py. Writes lessons/weak_TASK.csv, a line per run,
-and lessons/weak_TASK.png. All figures are of the validation images, never of the test set.
+and lessons/weak_TASK.png. All results are on validation images, never on the test set.
 """
 
 import sys
@@ -50,7 +50,7 @@ CLAIMS = {
     "noisy": "Handle wrong or noisy labels",
     "pseudo": "Mix a small set of good labels with lots of weak ones",
 }
-COLUMNS = {  # task: column -> its name in the figure; method, floor, ceiling and what else there is
+COLUMNS = {  # task: column -> its name in the figure; method, floor, ceiling, and any others
     "labeling": {"label_model_accuracy": "label model", "majority_accuracy": "majority (floor)",
                  "truth_accuracy": "truth (ceiling)"},
     "bags": {"bags_auc": "bags", "mean_auc": "bags, mean of the logits (floor)",
@@ -64,7 +64,7 @@ COLUMNS = {  # task: column -> its name in the figure; method, floor, ceiling an
 
 
 def planted(accuracies, copies, seed, n=4000):
-    """Right labels in %, of the label model and of the majority, where the sources are known."""
+    """Accuracy in % of the label model and of the majority, for sources of known accuracies."""
     mix = torch.Generator().manual_seed(seed)
     y = torch.randint(2, (n, 1), generator=mix)
     right = torch.rand(n, len(accuracies), generator=mix) < torch.tensor(accuracies)
@@ -78,7 +78,7 @@ def planted(accuracies, copies, seed, n=4000):
 
 @torch.no_grad()
 def weighed(net, data, run):
-    """A positive bag of validation images as one picture (H, W, 3), with the share of each."""
+    """A positive bag of validation images as one picture (H, W, 3), with the attention to each."""
     images, index = data.val
     rows = weak.cut_bags(index, run.args.bag_size, 0)
     has = ((images.labels[rows] == run.args.positive) & (rows >= 0)).any(1)
@@ -95,7 +95,7 @@ def weighed(net, data, run):
 
 
 def measure(own, task, name, seed, options):
-    """One run -> its row, and for bags a picture."""
+    """One run -> its row, and, for bags by attention, a picture."""
     flags = ["--task", task, *RUNS[task][name].split()]
     if task == "noisy":
         flags += ["--eval-every", 1]
@@ -124,8 +124,8 @@ def draw(whole, means, task, pictures):
 
 
 def answer(task, means):
-    """Is the method above its floor where that is claimed: in the last of labeling, the first of
-    the others?"""
+    """Is the method above its floor where that is claimed: in the last row of labeling, in the
+    first row of the other tasks?"""
     ours, floor, ceiling, *_ = COLUMNS[task]
     row = means[-1 if task == "labeling" else 0]
     beside = {"floor": row[floor], "floor_sd": row[f"{floor}_sd"]}
@@ -133,12 +133,12 @@ def answer(task, means):
     parts = [f"{row['name']} {row[ours]:.1f} ({row[floor]:.1f} and {row[ceiling]:.1f})"
              for row in means]
     return shared.answer(shared.compare(own, beside, "floor") > 0,
-                         f"in %, with floor and ceiling, {'; '.join(parts)}.")
+                         f"in %, with floor and ceiling in brackets: {'; '.join(parts)}.")
 
 
 def main(argv=None):
     p = shared.parser(__doc__, "weak", epochs=12)
-    p.add_argument("--tasks", nargs="+", choices=RUNS, default=[*RUNS], help="which (all)")
+    p.add_argument("--tasks", nargs="+", choices=RUNS, default=[*RUNS], help="tasks to run (all)")
     own, options = p.parse_known_args(argv)
     for task in own.tasks:
         rows, pictures = [], []

@@ -8,33 +8,33 @@ A word w has to tell the words c near it from k words of noise:
 
     L = -log s(v_w . u_c) - sum_{i=1}^k log s(-v_w . u_i),   i ~ P_n(c) ~ #(c)^0.75,  s the sigmoid
 
-The pair is what two views of an image are, the noise what the other images are, v . u is q . k.
+The pair corresponds to two views of an image, the noise to the other images, v . u to q . k.
 With enough dimensions the gradient is zero where every v_w . u_c is
 
     x(w, c) = log( #(w, c) / (k #(w) P_n(c)) )                                     closed_form
 
-That is PMI - log k only where the noise is P_n(c) = #(c) / |D|, as Levy and Goldberg 2014 assume.
+That is PMI - log k only if the noise is P_n(c) = #(c) / |D|, as Levy and Goldberg 2014 assume.
 
-InfoNCE has the same optimum up to a constant a word. Its softmax asks which of k + 1 words is not
-noise, so the best score is log( p(c|w) / P_n(c) ), and what is added to all scores of a word it
-does not see; SGNS fixes that constant at -log k:
+InfoNCE has the same optimum up to a constant per word. Its softmax asks which of k + 1 words is not
+noise, so the best score is log( p(c|w) / P_n(c) ), and adding a constant to all scores of a word
+changes nothing; SGNS fixes that constant at -log k:
 
     x_InfoNCE(w, c) = x(w, c) + log k + a(w),   any a(w);   p(c|w) = #(w, c) / #(w)
 
-Shown: (1) SGNS of full rank on ten words comes to x, and not to PMI - log k; (2) in a grammar where
-words of a class stand in the same places the nearest neighbour of a word is of its class, more
+Shown: (1) SGNS of full rank on ten words converges to x, not to PMI - log k; (2) in a grammar where
+words of a class occur in the same positions, the nearest neighbour of a word is of its class more
 often than by counts of neighbours or by an SVD of their positive PMI (PPMI) in as many dimensions,
-16 (with 8, the number of classes, the SVD finds them, too); (3) neighbours of some words of
-Python's documentation, beside those by SVD, which are as good or better on so little text.
+16 (with 8, the number of classes, the SVD finds them, too); (3) neighbours of some words in
+Python's documentation, next to those by SVD, which are as good or better on so little text.
 
     python lessons/word2vec.py                      37 s of one CPU core
-    python lessons/word2vec.py --text glosses       what timm's WordNet says of ImageNet's classes
+    python lessons/word2vec.py --text glosses       timm's WordNet on ImageNet's classes
     python lessons/word2vec.py --text FILE --words red green
 
 Writes lessons/word2vec.csv, the neighbours, and lessons/word2vec.png, which is (1).
 
-Where it departs from the released word2vec.c: one step is made for a batch of pairs, with the sum
-of their gradients; noise that happens to be the positive stays noise (there it is left out, which
+Where it departs from the released word2vec.c: one step is taken per batch of pairs, with the sum of
+their gradients; noise that happens to be the positive stays noise (there it is left out, which
 moves x); subsampling is v2's (there: another formula); windows end with a paragraph.
 """
 
@@ -57,7 +57,7 @@ WORDS = {"python": "list string file error true number class returns first",
 
 
 def documentation():
-    """Python's language reference, and the strings in three quotes of its library, most of them
+    """Python's language reference, and the triple-quoted strings of its library, most of them
     docstrings: the same texts in each run."""
     from pydoc_data import topics
 
@@ -71,7 +71,7 @@ def documentation():
 
 
 def glosses():
-    """What WordNet says of each of ImageNet's 21,841 classes, from timm."""
+    """WordNet's definition of each of ImageNet's 21,841 classes, from timm."""
     try:
         import timm
     except ImportError:
@@ -81,8 +81,8 @@ def glosses():
 
 
 def tokenize(texts, most=5000, least=20):
-    """-> the `most` frequent words that occur `least` times; of each that stands in the texts its
-    number there (n,), the number of its paragraph (n,)."""
+    """-> the `most` most frequent words that occur at least `least` times; for each word of the
+    texts that is among them, its number there (n,) and that of its paragraph (n,)."""
     paragraphs = [re.findall(r"[a-z]+", p.lower()) for t in texts for p in t.split("\n\n")]
     found = Counter(word for p in paragraphs for word in p).most_common(most)
     words = [word for word, count in found if count >= least]
@@ -92,7 +92,7 @@ def tokenize(texts, most=5000, least=20):
 
 
 def keep_rate(counts, t):
-    """(V,) -> (V,): the share of a word that subsampling leaves, sqrt(t / f) (v2, equation 5)."""
+    """(V,) -> (V,): the share of a word that subsampling keeps, sqrt(t / f) (v2, equation 5)."""
     return (t * counts.sum() / counts).sqrt().clamp(max=1)
 
 
@@ -104,7 +104,7 @@ def noise_of(counts, power=0.75):
 def pairs(ids, paragraph, keep, window, draw):
     """Training pairs of one pass: ids, paragraph (n,), keep (V,) -> w, c (P,).
 
-    Words are dropped before windows are cut, so that the rest sees further; each word draws its
+    Words are dropped before windows are cut, so the others reach further; each word draws its
     window from 1 to `window` (v1, Section 3.2), so a distance d counts (window + 1 - d) / window.
     """
     kept = torch.rand(len(ids), generator=draw) < keep[ids]
@@ -130,7 +130,7 @@ def sgns_loss(v, u, u_noise):
 
 
 def train(ids, paragraph, dim=64, k=5, window=5, t=1e-4, epochs=8, lr=0.05, batch=1024, seed=0):
-    """Tables v, u (V, dim) by SGD, its rate falls linearly; t None: no subsampling."""
+    """Tables v, u (V, dim) by SGD, whose rate falls linearly; t None: no subsampling."""
     draw = torch.Generator().manual_seed(seed)
     counts = ids.bincount()
     keep = keep_rate(counts, t) if t else torch.ones(len(counts))
@@ -195,7 +195,7 @@ def nearest(x, i, n):
 
 
 def ten_words(n=2000):
-    """A text of ten words, most frequent first, each drawn after the one before it."""
+    """A text over ten words, 0 the most frequent, each drawn given the one before it."""
     draw = torch.Generator().manual_seed(0)
     after = (torch.rand(10, 10, generator=draw).square() + 0.05) / torch.arange(1, 11)
     ids = [0]
@@ -213,7 +213,7 @@ def full_rank(epochs=100):
 
 
 def grammar(seed, sentences=100, classes=8, size=6, fillers=4):
-    """Sentences of eight words, each of the class after that of the word before, and after each
+    """Sentences of eight words, each of the class after that of the word before, each followed by
     three of a few frequent words that mean nothing -> ids, paragraph, class of the other words."""
     draw = torch.Generator().manual_seed(seed)
     first = torch.randint(classes, (sentences, 1), generator=draw)
@@ -251,7 +251,7 @@ def draw_scores(whole, s, x, other):
 def main(argv=None):
     p = common.Parser(description=__doc__.split("\n")[0])
     p.add_argument("--text", default="python", help="python, glosses or a text file (python)")
-    p.add_argument("--words", nargs="+", help="whose neighbours are shown")
+    p.add_argument("--words", nargs="+", help="words whose neighbours are shown")
     p.add_argument("--dim", **common.FROM_1, default=64, help="D, width of a vector (64)")
     p.add_argument("--epochs", **common.FROM_1, default=8, help="passes over the text (8)")
     p.add_argument("--seeds", **common.FROM_1, default=3, help="number of grammars (3)")
@@ -267,7 +267,7 @@ def main(argv=None):
             common.fail(f"--text {args.text}: {error}")
     words, ids, paragraph = tokenize(texts)
     if len(words) < args.dim:
-        common.fail(f"--text {args.text} has {len(words)} words that occur often, under --dim")
+        common.fail(f"--text {args.text} has {len(words)} frequent words, fewer than --dim")
     shown = args.words or [w for w in WORDS.get(args.text, "").split() if w in words] or words[:9]
     if missing := set(shown) - set(words):
         common.fail(f"--words: {', '.join(sorted(missing))} is too rare in this text")

@@ -763,11 +763,11 @@ def test_load_weights(content, more, expected, tmp_path, capsys):
 @pytest.mark.parametrize("content, words", [
     ({f"layer.{i}": torch.zeros(1) for i in range(999)}, "996 more"),
     (BACKBONE | {"one_more.weight": torch.zeros(2)}, "backbone.one_more.weight"),
-    ({k: v for k, v in BACKBONE.items() if k != "0.bias"}, "not in it backbone.0.bias,"),
+    ({k: v for k, v in BACKBONE.items() if k != "0.bias"}, "it lacks backbone.0.bias,"),
     (BACKBONE | {"0.bias": torch.zeros(5)}, "backbone.0.bias"), ({}, "another network"),
     ({"method": "other", "state": {"net": THEIRS}}, "is a run of other"),
     ({"method": "toy", "state": {}}, "another network"), ({"state": THEIRS}, "another network"),
-    ({"method": "toy", "state": {"net": BACKBONE}}, "not in it head.weight, head.bias"),
+    ({"method": "toy", "state": {"net": BACKBONE}}, "it lacks head.weight, head.bias"),
     ({"method": "toy", "state": 3}, "a.pt"), ({0: torch.zeros(2)}, "another network")])
 def test_another_network_is_refused_in_a_short_sentence(content, words, tmp_path, capsys):
     error = fails(lambda: common.load_weights(Toy(0), saved(tmp_path, content)), capsys)

@@ -237,7 +237,7 @@ def test_lr_at():
 
 
 def test_momentum():
-    """The half-life is at most a twentieth of the run's steps, 0.996 (the paper's) at most."""
+    """The half-life is a twentieth of the run's steps, but m is at least 0.9 and at most 0.996."""
     args = Namespace(batch_size=10, epochs=10)
     for n, expected in ((10, 0.9), (200, 0.5**0.1), (10**6, 0.996)):
         assert close(dino.momentum(args, n), expected, 1e-12)
@@ -853,7 +853,7 @@ def test_check(capsys):
     good = ["--m", 0, "--local-size", 8]
     assert "warning:" not in printed(*good)
     for flags, words in ((["--m", 0.99], "half-life is over a tenth"),
-                         (["--image-size", 17], "a rest is cut off"),
+                         (["--image-size", 17], "the remainder is cut off"),
                          (["--local-size", 16], "not smaller than global")):
         found = [line for line in printed(*good, *flags).split("\n") if "warning" in line]
         assert len(found) == 1 and words in found[0], flags

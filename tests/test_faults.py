@@ -188,7 +188,7 @@ def test_a_random_head_has_no_verdict(tmp_path):
 @pytest.mark.parametrize("file", ["no/f.npz", ".", "f.csv"])
 def test_features_that_cannot_be_written_are_refused_first(file, tmp_path, capsys):
     argv = [*TINY, "--out", tmp_path / "run", "--embed", tmp_path / file]
-    assert "no .npz in a folder" in refused(simclr, argv, capsys)
+    assert "a .npz file in a folder" in refused(simclr, argv, capsys)
     assert not (tmp_path / "run").exists()
 
 

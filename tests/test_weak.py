@@ -885,10 +885,10 @@ def test_votes_that_say_nothing(votes, words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--task bags --positive 10", "--positive is one of them"),
+    ("--task bags --positive 10", "--positive has to be one of them"),
     ("--task bags --bag-size 20", "hold 20 images"), ("--task pseudo --mu 16", "hold 17 images"),
     ("--label-model triplets", "not 5 and 10"), ("--votes none.csv", "none.csv"),
-    ("--dataset {folder} --task noisy", "makes weak labels of true ones"),
+    ("--dataset {folder} --task noisy", "makes weak labels from true ones"),
     ("--dataset {folder}", "needs --votes FILE")])
 def test_what_cannot_work_is_refused(flags, words, tmp_path, capsys):
     (tmp_path / "images").mkdir()
