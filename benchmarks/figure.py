@@ -50,8 +50,8 @@ def network_of(row):
 
 
 def points(rows, key, suffix=""):
-    """method -> [(epochs, minutes, top-1, deviation)]. suffix: of the runs whose
-    top-1 counts; the minutes are from the training, whose name has none, unless a run did both."""
+    """method -> [(epochs, minutes, top-1, deviation)]. suffix: of the runs whose top-1
+    counts; the minutes are from the training, whose name has none, unless one run did both."""
     table, found = {row["experiment"]: row for row in rows}, {}
     for name, row in table.items():
         seconds = float(row["train_seconds"])

@@ -20,7 +20,7 @@ never test images.
 
 Writes lessons/attention.png and, on `toys`, where the objects are known, lessons/attention.csv.
 The checkpoint is compared with the same network with random weights and after training with labels,
-three times, with other images and weights (several files of a kind take turns). The paper takes the
+three times with other images and weights (several files of a kind take turns). The paper takes the
 best head for each image. This small network has three, and with random weights each attends to a
 fixed blob near the middle: the best of three blobs is a good guess. So the attention is averaged
 over the heads; the best head for each image is in the CSV.

@@ -64,10 +64,10 @@ def parser(doc, images=400):
 
 
 class Overlapping(nn.Module):
-    """Embed overlapping patches, `times` as many along a side: (N, 3, H, W) -> (N, D, t H / P, t W
-    / P), one starting at each square of P / t pixels. This gives a trained network a finer grid of
-    tokens (Amir et al. 2021, arXiv 2112.05814). At the bottom and the right an image is padded with
-    the pixels of its edge."""
+    """Embed overlapping patches, `times` as many along a side: (N, 3, H, W) -> (N, D, t H / P,
+    t W / P), one starting at each square of P / t pixels. This gives a trained network a finer grid
+    of tokens (Amir et al. 2021, arXiv 2112.05814). At the bottom and the right an image is padded
+    with the pixels of its edge."""
 
     def __init__(self, embed, patch, times):
         super().__init__()
@@ -118,7 +118,7 @@ def load(method, own, options, path):
 
 
 def side(own, run):
-    """In pixels, in whole patches: --size, or as in training, at most 224."""
+    """Side in pixels, a multiple of the patch: --size, or as in training, at most 224."""
     patch = run.args.patch_size
     size = own.size or min(run.args.image_size, 224)
     if size < patch:
@@ -149,8 +149,8 @@ def images(own, data, run, seed):
 
 @torch.no_grad()
 def tokens(net, x, run):
-    """After the final norm: (N, 3, S, S) in [0, 1] -> class tokens (N, D), patch tokens (N, S / P,
-    S / P, D)."""
+    """After the final norm: (N, 3, S, S) in [0, 1] -> class tokens (N, D), patch tokens
+    (N, S / P, S / P, D)."""
     net.eval().to(run.device)
     side = x.shape[-1] // net.backbone.patch_size
     h = []

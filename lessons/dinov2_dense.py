@@ -1,4 +1,4 @@
-"""What each patch shows and how far away, read from frozen tokens by a linear layer (DINOv2).
+"""What each patch shows and how far away it is, read from frozen tokens by a linear layer (DINOv2).
 
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", results. Paper: Section 7.4,
 "Dense recognition tasks": semantic segmentation (Table 10, "lin.") and monocular depth (Table 11,

@@ -1,14 +1,14 @@
 """From iBOT to DINOv2, one change at a time (DINOv2).
 
 Slides: "DINOv2: Learning Robust Visual Features without Supervision", the table from iBOT to
-DINOv2. Paper: Table 1 and Section 6.1. Its numbers are for ViT-L, trained on ImageNet-22k,
-k-NN and linear probe on ImageNet-1k, one run per row, so the noise of a difference is unknown. Here
-every row has several seeds, and a difference counts if it is at least two standard errors. With 3
-seeds about two of the 20 differences do so even if no change does anything.
+DINOv2. Paper: Table 1 and Section 6.1. Its numbers are for ViT-L, trained on ImageNet-22k, k-NN and
+linear probe on ImageNet-1k, one run per row, so the noise of a difference is unknown. Here every
+row has several seeds, and a difference counts if it is at least two standard errors. With 3 seeds
+about two of the 20 differences do so even if no change does anything.
 
 The changes add up as on the slide: every row is dinov2.py with the options of the row above and one
 more change (ROWS, below). The first row has no stochastic depth (iBOT's recipe: 0.1), since the
-second adds it. LayerScale cannot be switched off; a start at 1 is nearest to that. On toys the
+second adds it. LayerScale cannot be switched off; starting it at 1 comes closest. On toys the
 second row starts it at 0.1, which is for networks of up to 18 blocks (Touvron et al. 2021, 1e-5 for
 24). There are a third more patches of 14 pixels than of 16; for small images the side of a patch is
 halved, which makes four times as many. The batch gets larger at the same number of epochs, so there

@@ -6,7 +6,7 @@ representations, reducing the need for labeled data later". Paper: SimCLR, Table
 pretext.py that do not take RGB images: patch, jigsaw, colorization, splitbrain and cpc. For a ViT
 the class token is used.
 
-Compared, with the same labels (so many per class) and the same test images:
+Four ways to use the same labels, tested on the same images:
   frozen        logistic regression on h of the backbone, which stays as it is
   fine-tuned    the whole network, started from the backbone
   from scratch  the same network, updates and augmentation, started from random weights

@@ -1,8 +1,8 @@
 """Which images a network finds alike: the nearest by pixels, before and after training.
 
 Slides: "Self-Supervised Learning (SSL)": useful representations without manual annotation. It shows
-the nearest training images by cosine for one test image of each of six classes, framed green where
-the class is the same; above them, how many of the five nearest of all test images are of its class.
+the nearest training images by cosine for one test image of each of six classes, framed green if the
+class is the same; above, the share of the same class among the five nearest, over all test images.
 
     python dino.py --epochs 100
     python lessons/neighbours.py runs/dino-toys-s0/backbone.pt
