@@ -81,7 +81,7 @@ def momentum_k(args, n):
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed        meaning
     "v1":           (False,      False,      False,      FLAG,          "as in the first paper"),
-    "arch":         ("convnet",  "resnet18", "resnet50", NETS,          "f_q, f_k"),
+    "arch":         ("convnet",  "resnet18", "resnet50", NETS,          "encoders f_q, f_k"),
     "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",     "3x3: no max-pool"),
     "head":         ("mlp",      "mlp",      "mlp",      "linear|mlp",  "v1: linear, v2: mlp"),
     "dim":          (128,        128,        128,        FROM_1,        "C, width of q and k"),

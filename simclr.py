@@ -70,7 +70,7 @@ OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed            meaning
     "arch":         ("convnet",  "resnet18", "resnet50", NETS,              "encoder f"),
     "stem":         ("7x7",      "3x3",      "7x7",      "3x3|7x7",         "3x3: no max-pool"),
-    "head":         ("mlp",      "mlp",      "mlp",      "none|linear|mlp", "g"),
+    "head":         ("mlp",      "mlp",      "mlp",      "none|linear|mlp", "projection head g"),
     "dim":          (128,        128,        128,        FROM_1,            "D, width of z"),
     "temperature":  (0.2,        0.2,        0.1,        POSITIVE,          "tau"),
     "image_size":   (32,         64,         224,        PIXELS,            "S, side of a view"),

@@ -92,7 +92,7 @@ NETWORKS = {  # task: the method's network, in noisy its peer, then those of flo
 OPTIONS = {  # fmt: skip
     # option         built-in     to 64 px     larger       allowed         meaning
     "task":         ("labeling",  "labeling",  "labeling",  one_of(NETWORKS), "what is known"),
-    "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"}, "labeling: a file"),
+    "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"}, "rules, or a file"),
     "label_model":  ("by-class",  "em",        "em",        "em|by-class|triplets", "labeling"),
     "pool":         ("attention", "attention", "attention", "attention|gated|max|mean|noisy-or",
                      "bags: how images are pooled"),
