@@ -175,7 +175,7 @@ def options(method, doc, table, argv=None):
         flag = "--" + name.replace("_", "-")
         o(flag, **allowed, help=meaning.replace("%", "%%"), default=None)
     o = p.add_argument_group("evaluation").add_argument
-    o("--eval-every", **FROM_0, help="epochs between evaluations (a quarter of the run; 0: none)")
+    o("--eval-every", **FROM_0, help="epochs between evaluations (a quarter of the run; 0: never)")
     o("--knn-k", **FROM_1, default=20, help="neighbours (20)")
     o("--knn-tau", **POSITIVE, default=0.07, help="temperature of their votes (0.07)")
     o("--embed", metavar="FILE", help="write h, name, split, label of all images (.npz)")
@@ -305,7 +305,7 @@ def load_data(args, table, run, cpu=()):
 
 class Run:
     """A script's run, opened by `with`: device, rank, world, dtype, folder, step. Set chance: term
-    of the loss -> its value where nothing is learned, to be printed and plotted.
+    of the loss, to be plotted -> its value where nothing is learned, to be printed.
 
     Under torchrun it joins the other processes, and only the first one prints. From the first to
     the last epoch SIGTERM, SIGINT and SIGHUP save a checkpoint and end the program; a second
@@ -337,7 +337,7 @@ class Run:
     def _choose_device(self, name, amp):
         found = ["cuda"] if torch.cuda.is_available() else []
         if torch.backends.mps.is_available() and torch.__version__ >= (2, 13) and self.world == 1:
-            found.append("mps")  # before 2.13 operations are missing or wrong; gloo is for CPUs
+            found.append("mps")  # before 2.13 some operations are missing or wrong; gloo: CPUs only
         found.append("cpu")
         name = name or found[0]
         if name not in found:
@@ -496,7 +496,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             stops = [signal.SIGTERM, signal.SIGINT]
             if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-                stops.append(signal.SIGHUP)  # sent when the terminal closes, unless under nohup
+                stops.append(signal.SIGHUP)  # sent when the terminal closes; nohup ignores it
             for number in stops:
                 before = signal.signal(number, self._catch)
                 self.handlers.callback(signal.signal, number, before)
@@ -504,12 +504,12 @@ class Run:
         self.handlers.close()
 
     def _catch(self, number, frame):
-        if number not in (signal.SIGTERM, signal.SIGINT):  # SIGHUP, which may come twice
+        asked = (signal.SIGTERM, signal.SIGINT)
+        if number not in asked:  # SIGHUP, which may come twice
             sys.stdout = sys.stderr = open(os.devnull, "w")
-        elif self.signal and (self.world == 1 or time.perf_counter() - self.noticed > 5):
+        elif self.signal in asked and (self.world == 1 or time.perf_counter() - self.noticed > 5):
             raise KeyboardInterrupt  # sooner, it may be the first one, passed on by torchrun
-        elif not self.signal:
-            self.noticed = time.perf_counter()
+        self.noticed = self.noticed if self.signal else time.perf_counter()  # the first one
         self.signal = number
 
     def batches(self, data, epoch, crops):
@@ -572,7 +572,7 @@ class Run:
     def end_epoch(self, state):
         """Record and print the means of an epoch -> whether an evaluation is due.
 
-        If so, state is saved first: it may take long, and torchrun kills 30 s after a signal.
+        If so, save state first: evaluation may take long, and torchrun kills 30 s after a signal.
         """
         *sums, good, _ = self.sums.tolist()  # waits for the GPU, so read it before the clock
         seconds = time.perf_counter() - self.epoch_begun
@@ -713,7 +713,7 @@ def claim(folder):
 
 
 def lock(folder):
-    """Lock the folder of a run, or fail if another process has -> a descriptor to close later."""
+    """Lock the folder of a run; fail if another process holds it -> a descriptor to close later."""
     descriptor = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     try:
         if fcntl:
@@ -1308,7 +1308,7 @@ def rgb(image):
     """A Pillow image of any kind -> 8-bit RGB, transparent pixels on white.
 
     Deeper images are scaled by the range they use: from 0, or their least value if lower, to the
-    first of 1, the maximum of 8, 10, 12, 14 and 16 bits, and their largest value that is enough.
+    first that suffices of 1, the maxima of 8, 10, 12, 14 and 16 bits, and their largest value.
     """
     if image.mode[0] in "IF":  # modes that Pillow would clip
         a = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)

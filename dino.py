@@ -23,17 +23,17 @@ centre; tau_s, tau_t temperatures; m, m_C momenta (slide: l, m). net is g_s, net
 that is kept. In a ViT: P side of a patch, T patches per view, width D = d.
 
 Where this file departs from the paper and the released code:
-  - tau_t changes every step (released code: every epoch). Warm-ups are shares of the run, and the
+  - tau_t is set every step (released code: every epoch). Warm-ups are shares of the run, and the
     rate starts above 0 and ends at 0 (released code: 0 and 1e-6). m starts lower on short runs.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
-    cut off at a tenth of the view's width (released code: Pillow's three box blurs, not cut off).
+    a tenth of the view wide (released code: Pillow's three box blurs, not cut off).
   - Small images are not blurred. Narrow ViTs start with sinusoidal positions (start_with_sines).
   - The recipe for the built-in set is sized for a CPU: a small ViT that begins with convolutions
     (Xiao et al. 2021), batch norm in the head (an option of the released code), few classes K, a
     colder teacher, and, because short runs learn more that way, a faster centre, a constant m, and
     no local views (benchmarks/LOG.md).
   - The linear probe is fitted by L-BFGS on class tokens of central crops (paper: by SGD on random
-    crops; released code: on those of a ViT-S's last four blocks).
+    crops; released code: on class tokens of a ViT-S's last four blocks).
   - The last column of OPTIONS follows the released command for a ViT-S and 100 epochs, with half
     its batch (its help then advises an m of 0.9995, here 0.996), except for tau_t, which is the
     paper's (there: 0.04 throughout), and norm_last_layer (there: true). The released command for

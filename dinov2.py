@@ -41,9 +41,9 @@ Where this file departs from the paper and the released code:
     then applies 1 - p, so its networks were trained with 0, 0.9, 0.5 (the paper names none). So
     are ours; --blur can set DINO's.
   - KoLeo is computed for both global views, separately, as in the released code (paper: for the
-    first). Neither code compares images on different GPUs.
-  - A hidden patch has the weight 1 / (hidden patches of its view), divided by the number of views,
-    2N, including those without a mask, as in the released code (paper: the sum). The masks are
+    first). None of the three compares images on different GPUs.
+  - A hidden patch has the weight 1 / (hidden patches of its view), divided by 2N, the number of
+    global views, masked or not, as in the released code (paper: the sum). The masks are
     stratified over the batch of all GPUs (released code: per GPU, with whole numbers of patches).
   - Gradients are clipped to norm 3, separately for backbone and heads, as in the released code.
   - Warm-ups are shares of the run, and the rate starts above 0 and ends at 0 (released code: 0 and
@@ -51,13 +51,13 @@ Where this file departs from the paper and the released code:
     recipe of 100 epochs a decay of 0.9 per layer). In short runs m starts lower.
   - Both heads have a bottleneck of 256 (released ViT-L: 384 for class tokens). Without local views
     the class term is the mean over two pairs (released code: 2/3 of it). With --centering ema the
-    patches' centre is their mean over all GPUs (released code: the mean of each GPU's mean).
+    patches' centre follows their mean over all GPUs (released code: the mean of the GPUs' means).
   - The last --hires-epochs continue the schedules, and positions are resampled in every step
     (paper: 10k more iterations, with the schedules compressed into them, at a lower rate; no code
     is released). Images from files are kept at up to three times --image-size, built-in ones are
     made at --image-size.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
-    cut off at a tenth of the view's width (released code: at 9 pixels).
+    a tenth of the view wide (released code: 9 pixels).
   - Small images are not blurred. Narrow ViTs start with sinusoidal positions (start_with_sines).
     The linear probe is fitted by L-BFGS on central crops (paper: SGD, a grid of rates and layers).
   - The defaults for larger images take optimiser and views from the released recipe of 100 epochs
@@ -216,7 +216,7 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
     """Hide rectangles that cover at most a share `ratio` of the patches -> (height, width) bool.
 
     The area of each is uniform between `least` and the number that may still be hidden, its aspect
-    log-uniform. It ends when ten in a row do not fit (released code, after BEiT's Algorithm 1,
+    log-uniform. Hiding ends when ten in a row do not fit (released code, after BEiT's Algorithm 1,
     whose aspect is uniform). least: 4 in the released code and in stratified_masks; by default, as
     in iBOT, a third of the shorter side, squared. ratio: a number, or a tensor (...) with one for
     each mask -> (..., height, width); own: index of the masks to make. Test: test_block_mask.
@@ -881,7 +881,7 @@ def resized(pos_embed, height, width, registers):
     """Resize position embeddings (1, 1 + T, D) of a square grid to height x width patches.
 
     Bicubic, as in the released networks: with registers to a size, with antialiasing; without them
-    by a factor, with 0.1 added to height and width. Other grids are returned unchanged.
+    by a factor, with 0.1 added to height and width. Non-square grids are returned unchanged.
     """
     patches = pos_embed.shape[1] - 1
     side = math.isqrt(patches)

@@ -23,22 +23,22 @@ for the class token of a view; s', t' (N, T, K) for its T patches; C (1, K), C' 
 tau_s, tau_t, tau_t' temperatures; m momentum. net is g_s, net_ema is g_t, which is kept.
 
 Where this file departs from the paper and the released code:
-  - Masks are drawn for each global view on its own, as in the released code (paper: for both views
-    of an image). A view without a mask counts as 0 in L_MIM, as in the released code.
+  - Each global view is masked, or not, on its own, as in the released code (paper: both views of an
+    image together). A view without a mask counts as 0 in L_MIM, as in the released code.
   - Class and patch tokens share the head, as in the paper and the released runs (default of the
     released code: only in the teacher). The length of the last layer's rows is trained, as in the
     released commands for ViT-S and Swin-T (default of the released code: fixed).
-  - tau_t and tau_t', too, change every step (released code: every epoch). Warm-ups are shares of
+  - tau_t and tau_t', too, are set every step (released code: every epoch). Warm-ups are shares of
     the run, and the rate starts above 0 and ends at 0 (released code: 0 and 1e-6). In short runs m
     starts lower (released code: 0.996).
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
-    cut off at a tenth of the view's width (released code: Pillow's three box blurs, not cut off).
+    a tenth of the view wide (released code: Pillow's three box blurs, not cut off).
   - Small images are not blurred. Narrow ViTs start with sinusoidal positions (start_with_sines).
   - The recipe for the built-in set is sized for a CPU: batch norm in the head, one in each of two
     layers, applied to class tokens and to patches separately (an option of the released code, which
-    uses one in both layers, for both together), few classes K, a colder teacher, a faster centre, a
-    constant m, no local views, and a small ViT that begins with convolutions (Xiao et al. 2021).
-    These see 7 pixels to the left of a patch and above it, so a hidden patch leaks into three
+    uses the same one in both layers, for both together), few classes K, a colder teacher, a faster
+    centre, a constant m, no local views, and a small ViT that begins with convolutions (Xiao et al.
+    2021). These see 7 pixels left of a patch and above it, so a hidden patch leaks into three
     neighbours; without the leak it learned less, not more (benchmarks/LOG.md). On this set half of
     what patch classes encode is position, so L_MIM far below chance does not prove learning.
   - The linear probe is fitted by L-BFGS on central crops (paper: SGD on random ones).
@@ -177,7 +177,7 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
     """Hide rectangles that cover at most a share `ratio` of the patches -> (height, width) bool.
 
     The area of each is uniform between `least` and the number that may still be hidden, its aspect
-    log-uniform. It ends when ten in a row do not fit (released code, after BEiT's Algorithm 1,
+    log-uniform. Hiding ends when ten in a row do not fit (released code, after BEiT's Algorithm 1,
     whose aspect is uniform). least: a third of the shorter side, squared. ratio: a number, or a
     tensor (...) with one for each mask -> (..., height, width); own: index of the masks to make.
     Test: test_block_mask.

@@ -213,7 +213,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 class MoCo(nn.Module):
-    """f_q or f_k: x (N, 3, S, S) -> h (N, d), and q or k (N, C), not yet normalised."""
+    """f_q or f_k: x (N, 3, S, S) -> h (N, d), and q or k (N, C), not yet of unit length."""
 
     def __init__(self, arch="resnet50", stem="7x7", head="mlp", dim=128, splits=1):
         super().__init__()
@@ -304,7 +304,7 @@ def permutation(args, step, device):
 
 
 def encode_shuffled(f_k, x_k, order, run):
-    """Keys, normalised with other images than their queries (v1, Section 3.3, "Shuffling BN").
+    """Keys whose batch statistics are not those of their queries (v1, Section 3.3, "Shuffling BN").
 
     x_k: (n, 3, S, S) views of this process; order: (N,), a permutation of the images of all
     processes -> k (N, C), all keys in their original order. Test: test_encode_shuffled.

@@ -33,8 +33,8 @@ Symbols: x (M, 3, S, S) in [0, 1], the M = 2N views of N images; h (n, d) repres
 pictures that go into f; p, z (n, D) vectors that cpc and view compare.
 
 Where this file departs from the papers:
-  - All tasks share ResNets (most papers: AlexNet), crops and flips, one schedule of warm-up and
-    cosine, and SGD without Nesterov (RotNet: with Nesterov, and a rate that falls in steps).
+  - All tasks share ResNets (most papers: AlexNet), crops and flips, and one schedule of warm-up and
+    cosine. SGD has no Nesterov momentum (RotNet: has it, and a rate that falls in steps).
   - Heads get only h, after pooling (papers: feature maps), so the answer has to be in what is
     evaluated. h is evaluated on whole views, even if the network was trained on tiles, and by
     logistic regression (papers: mostly by SGD on feature maps).
@@ -55,7 +55,7 @@ Where this file departs from the papers:
     in RGB (released code: the same three numbers in the order 117, 104, 123). denoising: one
     network trained end to end (paper: layer by layer, fully connected, with tied weights).
   - cpc: layer norm, dropped colours and predicting at least three rows ahead come from version 2
-    (Henaff 2019, 1905.09272). Ours has one direction, two steps, whole patches and a smaller
+    (Henaff 2019, 1905.09272). Ours has one direction, two distances, whole patches and a smaller
     context network; the negatives are the patches of the same rows in all views of the batch.
   - view: the fixed network ends in a linear layer and batch norm (paper: BYOL's projector), and the
     predictor is applied to h itself.
@@ -84,7 +84,7 @@ from common import FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, number, one_of
 # ==================================================================================================
 
 NETS = one_of(["convnet", "convnet_wide", "resnet18", "resnet34", "resnet50"])
-GUARDS = {  # task: its guards against shortcuts, which --without takes away
+GUARDS = {  # task: its guards against shortcuts, which --without removes
     "rotation": "exact",
     "patch": "gap jitter color norm",
     "jigsaw": "gap jitter color norm",
@@ -245,7 +245,7 @@ def rotate(images, exact=True):
 
 
 class Rotation(nn.Module):
-    """RotNet (Gidaris et al. 2018): by how many quarters was a view turned? All four are used.
+    """RotNet (Gidaris et al. 2018): how far was a view turned? All four turns of it are used.
 
     Shortcuts: traces that turning leaves in an image, though quarter turns leave none; light that
     comes from above, see `shade`.
@@ -341,7 +341,7 @@ def jigsaw_permutations(n, seed):
 
     The first is random; each next one is furthest from the nearest chosen one and, among equals,
     furthest on average. With the average alone, as in the paper, the nearest two of 100 are 2 or 3
-    apart, depending on how ties are broken, here 6; the mean distance is 8.08 for both.
+    apart, depending on how ties are broken, and 6 apart here; the mean is 8.08 for both.
     """
     every = torch.tensor([*itertools.permutations(range(9))], dtype=torch.int8)  # (9!, 9)
     i = torch.randint(len(every), (), generator=torch.Generator().manual_seed(seed))
@@ -422,7 +422,7 @@ def hole(x, anywhere=True):
 class Inpainting(nn.Sequential):
     """Context encoder (Pathak et al. 2016): a square is cut out; what was there?
 
-    Shortcut: a hole that is always in the middle needs only features of that place and its border.
+    Shortcut: a hole always in the middle can be filled from its border by features of one place.
     """
 
     def __init__(self, f, args):
@@ -656,8 +656,8 @@ def build(args):
 
 
 def features(net, x, args):
-    """A whole view (N, 3, S, S), converted to what the task feeds f -> h (N, d), z (N, D). Only cpc
-    and view have a z; in other tasks z is h."""
+    """A whole view (N, 3, S, S), its channels as the task feeds them to f -> h (N, d), z (N, D).
+    Only cpc and view have a z; in other tasks z is h."""
     if args.task in ("colorization", "splitbrain"):
         with torch.autocast(x.device.type, enabled=False):  # as in training
             x, _ = net.input_and_target(x)
@@ -722,7 +722,7 @@ def masked_l2(answer, x, mask):
 
         L = | mask * (x - answer) |^2 / (3 * number of masked pixels)
 
-    answer, x: (n, 3, S, S), mask: (n, 1, S, S) bool; all true: Vincent et al.'s squared error.
+    answer, x: (n, 3, S, S), mask: (n, 1, S, S) bool; all true is Vincent et al.'s squared error.
     -> scalar. Test: test_masked_l2_equation.
     """
     squares = (answer - x).square() * mask

@@ -92,7 +92,7 @@ NETWORKS = {  # task: the method's network, in noisy its peer, then those of flo
 OPTIONS = {  # fmt: skip
     # option         built-in     to 64 px     larger       allowed         meaning
     "task":         ("labeling",  "labeling",  "labeling",  one_of(NETWORKS), "what is known"),
-    "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"}, "rules, or a file"),
+    "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"}, "labeling: a file"),
     "label_model":  ("by-class",  "em",        "em",        "em|by-class|triplets", "labeling"),
     "pool":         ("attention", "attention", "attention", "attention|gated|max|mean|noisy-or",
                      "bags: how images are pooled"),
@@ -124,7 +124,7 @@ CPU = {"label_model": "em", "strength": 0.5}
 
 
 def crops(args):
-    """A random crop of every image; for pseudo a larger and a smaller one, for noisy the centre."""
+    """A random crop per image; pseudo: a larger and a smaller one; noisy: the central square."""
     if args.task == "noisy":
         return [common.Crop(args.image_size, 1.0)]
     crop = common.Crop(args.image_size, (args.min_scale, 1.0), ratio=(3 / 4, 4 / 3))

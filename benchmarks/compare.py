@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py . ../before simclr --limit 1000 --epochs 2 --eval-every 0
 
-METHOD.py is run with these options in both checkouts, --rounds times. It prints images/s of the
+Runs METHOD.py with these options in both checkouts, --rounds times, and prints images/s of the
 training (as in results.json) and, for each round, the ratio of the first checkout to the second: a
 machine that gets slower or faster meanwhile does so for both. Every other round begins with the
 second.

@@ -460,7 +460,7 @@ MISTAKES = [
     Mistake("your unlabelled images leave out the labelled ones", "weak.py", "pseudo",
             "(index.unsqueeze(1), args", "(index[~torch.isin(index, few)].unsqueeze(1), args",
             WEAK + "test_few_labels",
-            "A port did, the paper's code does not; readers asked about it again and again.",
+            "A port did, but the paper's code does not; readers asked about it again and again.",
             "kekmodel/FixMatch-pytorch#10"),
 ]
 

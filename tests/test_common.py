@@ -407,8 +407,9 @@ def test_a_run_that_keeps_failing_ends(tmp_path, capsys):
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_a_closed_terminal(tmp_path, monkeypatch):
-    """SIGHUP comes twice and saves; after nohup it is ignored, as before."""
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_closed_terminal(world, tmp_path, monkeypatch):
+    """SIGHUP comes twice and saves, also if SIGTERM follows; after nohup it is ignored, as before."""
     before = signal.getsignal(signal.SIGHUP)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # they are put back
@@ -421,6 +422,12 @@ def test_a_closed_terminal(tmp_path, monkeypatch):
         for _ in range(2):
             signal.raise_signal(signal.SIGHUP)
         assert run.signal == signal.SIGHUP and sys.stdout.name == sys.stderr.name == os.devnull
+        run.world = world
+        signal.raise_signal(signal.SIGTERM)
+        assert run.signal == signal.SIGTERM
+        run.noticed -= 6
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
     finally:
         run.handlers.close()
         assert signal.getsignal(signal.SIGHUP) == then
