@@ -409,7 +409,7 @@ def test_a_run_that_keeps_failing_ends(tmp_path, capsys):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_closed_terminal(world, tmp_path, monkeypatch):
-    """SIGHUP comes twice and saves, also if SIGTERM follows; after nohup it is ignored, as before."""
+    """SIGHUP comes twice and saves, also before SIGTERM; after nohup it is ignored."""
     before = signal.getsignal(signal.SIGHUP)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # they are put back
