@@ -28,7 +28,7 @@ import common
 import simclr
 from lessons import shared
 
-CLAIM = "No augmentation is enough alone; crop and colour are the best pair"
+CLAIM = "No augmentation is enough on its own; crop and colour are the best pair"
 NAMES = ["crop", "colour", "blur", "turn", "noise"]
 PAIRS = [*itertools.combinations_with_replacement(NAMES, 2)]  # two equal ones: alone
 KEYS = ["linear_top1", "knn_top1", "untrained_linear_top1"]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import byol
 from lessons import shared
 
-CLAIM = "Without the predictor or the stop-gradient BYOL collapses, at the lowest loss of all"
+CLAIM = "Without the predictor or the stop-gradient BYOL collapses, with the lowest loss of all"
 RUNS = {
     "BYOL": [],
     "SimSiam (m = 0)": ["--m", "0"],

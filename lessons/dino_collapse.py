@@ -25,7 +25,7 @@ import common
 import dino
 from lessons import shared
 
-CLAIM = "Without centring or without sharpening DINO's teacher says the same of every image"
+CLAIM = "Without centring or without sharpening DINO's teacher gives every image the same answer"
 RUNS = {
     "DINO": [],
     "no centring": ["--no-centering"],

@@ -41,7 +41,7 @@ import dinov2
 from lessons import checkpoint, shared
 from lessons.checkpoint import per_patch
 
-CLAIM = "A linear layer reads classes and depth off tokens that were learned without either"
+CLAIM = "A linear layer reads classes and depth from tokens that were trained without either"
 OURS, TRUTH = "DINOv2", "truth of a patch"
 PENALTY = 1e-3
 KEYS = ["features", "seed", "miou", "accuracy", "rmse"]

@@ -36,7 +36,7 @@ import dinov2
 import ibot
 from lessons import checkpoint, shared
 
-CLAIM = "Without labels: patches of the same part of another thing are neighbours"
+CLAIM = "Without labels, patches of the same part of different objects become neighbours"
 METHODS = {"dino": dino, "ibot": ibot, "dinov2": dinov2}
 SHOWN = 5
 NEAREST = 3

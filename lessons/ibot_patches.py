@@ -38,7 +38,7 @@ import common
 import ibot
 from lessons import checkpoint, shared
 
-CLAIM = "A patch token finds its place again in another view, more often than pixels do"
+CLAIM = "A patch token finds its place in another view more often than pixels do"
 OURS, PAIRS = "iBOT", "random pairs"
 KEYS = ["features", "seed", "same_place", "same_part"]
 

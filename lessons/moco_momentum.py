@@ -23,7 +23,7 @@ import common
 import moco
 from lessons import shared
 
-CLAIM = "The keys need a slow encoder: m = 0 fails"
+CLAIM = "MoCo's keys need a slow encoder: m = 0 fails"
 KEYS = ["linear_top1", "knn_top1", "spread", "rank_z", "loss", "untrained_linear_top1"]
 TOP1 = {"linear_top1": "linear probe", "knn_top1": "k-NN"}
 

@@ -51,7 +51,8 @@ GUARDS = {  # a task, and below it the same without a guard
     "view": "--task view",
     "the target moves": "--task view --without fixed",
 }
-CLAIMS = ("Every pretext task teaches something of the class, at the same budget very unequally",
+CLAIMS = ("Every pretext task teaches something about the class, but very unequally for the same "
+          "budget",
           "A task without its guard against shortcuts teaches less")
 KEYS = ["name", "seed", "loss", "accuracy", "linear_top1", "knn_top1", "rank_h", "seconds"]
 FLOORS = {"untrained": "untrained network", "pixels": "pixels", "with labels": "with labels"}

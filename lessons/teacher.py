@@ -25,7 +25,7 @@ import common
 import dino
 from lessons import shared
 
-CLAIM = "The teacher has to follow slowly: where it is the student itself less is learned"
+CLAIM = "The teacher has to follow slowly: if it is the student itself, less is learned"
 RISING, CONSTANT, ZERO = "rises to 1 (paper)", "stays constant", "is 0"
 SCHEDULES = [RISING, CONSTANT, ZERO]
 KEYS = ["m", "seed", "epoch", "network", "knn_top1"]

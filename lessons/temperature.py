@@ -30,7 +30,7 @@ import simclr
 from lessons import shared
 
 BINS = 100  # of cosine similarity, from -1 to 1
-CLAIM = "Temperature decides how far z spreads and what h is worth; the best tau is not at an end"
+CLAIM = "Temperature decides how far z spreads and how good h is; the best tau is in the middle"
 TOP1 = {"linear_top1": "linear", "knn_top1": "k-NN"}
 COLUMNS = ("tau batch_size seed epochs alignment uniformity spread rank_z rank_h linear_top1 "
            "knn_top1 head_linear_top1 head_knn_top1 untrained_linear_top1").split()

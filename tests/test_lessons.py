@@ -5,6 +5,8 @@ import functools
 import importlib
 import json
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -678,3 +680,14 @@ def test_neighbours(tmp_path, capsys):
     same = labels[cosine.argsort(1, descending=True)[:, :5]] == labels_test[:, None]
     out = capsys.readouterr().out
     assert f"mean: {same.double().mean():.1%} of the five" in out and "without labels" in out
+
+
+def test_claims():
+    """The claim above a figure is the heading of its section in lessons/README.md."""
+    folder = Path(shared.__file__).parent
+    headings = set(re.findall("^## (.*)$", (folder / "README.md").read_text("utf-8"), re.M))
+    claims = []
+    for path in sorted({*folder.glob("*.py")} - {folder / "weak.py"}):  # it quotes the slides
+        module = lesson(path.stem)
+        claims += getattr(module, "CLAIMS", [getattr(module, "CLAIM", "")])
+    assert len(claims) > 12 and {*claims} - {""} <= headings
