@@ -59,7 +59,7 @@ Where this file departs from the papers:
     labeling      92.5    85.7      99.2    labels, where a rule votes: 83.6 % right, majority 71.6
     bags         100.0    95.3     100.0    images by attention: 100.0
     noisy         96.2    67.7      99.9    half of the labels wrong
-    pseudo        94.4    89.3      99.7    10 labels a class
+    pseudo        94.4    89.3      99.7    10 labels per class
 """
 
 import math

@@ -127,15 +127,15 @@ def compare(net, floor, chosen, data, each, seed, run):
             found[name] = top1(tuned, data.test, run)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
     print(f"{each} labels per class, seed {seed}: {shown} %")
-    return [{"labels a class": each, "seed": seed, "how": name, "test_top1": value}
+    return [{"labels per class": each, "seed": seed, "how": name, "test_top1": value}
             for name, value in found.items()]
 
 
 def draw(whole, means):
     """means: a row for each number of labels and way."""
     ax = whole.subplots()
-    shared.lines(ax, means, "how", "labels a class", "test_top1")
-    counts = sorted({row["labels a class"] for row in means})
+    shared.lines(ax, means, "how", "labels per class", "test_top1")
+    counts = sorted({row["labels per class"] for row in means})
     ax.set(xscale="log", ylabel="test top-1, %")
     ax.set_xticks(counts, map(str, counts))
     ax.minorticks_off()
@@ -149,13 +149,13 @@ def answer(means):
         ways.setdefault(row["how"], []).append(row)
     pairs = [*zip(ways["frozen"], ways["from scratch"])]
     ahead = [shared.compare(a, b, "test_top1") > 0 for a, b in pairs]
-    counts = [str(a["labels a class"]) for (a, _), won in zip(pairs, ahead) if won]
+    counts = [str(a["labels per class"]) for (a, _), won in zip(pairs, ahead) if won]
     middle = len(pairs) // 2
     figures = ", ".join(f"{name} {rows[middle]['test_top1']:.0f} %" for name, rows in ways.items())
     holds = None if any(ahead) and not all(ahead) else all(ahead)
     return shared.answer(holds, f"frozen features are ahead of training from scratch with "
                          f"{', '.join(counts) or 'no number of'} labels per class. With "
-                         f"{pairs[middle][0]['labels a class']}: {figures}.")
+                         f"{pairs[middle][0]['labels per class']}: {figures}.")
 
 
 def main(argv=None):
@@ -194,7 +194,7 @@ def main(argv=None):
                 start = checkpoint.untrained(meta, seed).eval().to(run.device)
                 rows += compare(net, start, chosen, data, each, seed, run)
     shared.write_csv(f"{own.out}/few_labels.csv", rows, [*rows[0]])
-    means = shared.over_seeds(rows, ["labels a class", "how"], ["test_top1"])
+    means = shared.over_seeds(rows, ["labels per class", "how"], ["test_top1"])
     shared.figure(f"{own.out}/few_labels.png", (7, 5), draw, means, claim=CLAIM,
                   answer=answer(means))
     return rows

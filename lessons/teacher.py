@@ -93,14 +93,14 @@ def answer(rows, means):
                 for name in ("student", "teacher")}
         lead = [t - s for s, t in zip(*top1.values())]
         leads.append({"m": m, "lead": sum(lead) / len(lead)})
-    leads = ", ".join(f"{row['lead']:.1f} ± {row['lead_sd']:.1f} where it {row['m']}"
+    leads = ", ".join(f"{row['lead']:.1f} ± {row['lead_sd']:.1f} if it {row['m']}"
                       for row in shared.over_seeds(leads, ["m"], ["lead"]))
     last = {row["m"]: row for row in means if row["network"] == "teacher"
             and row["epoch"] == means[-1]["epoch"]}
-    ends = ", ".join(f"{row['knn_top1']:.0f} % where it {m}" for m, row in last.items())
+    ends = ", ".join(f"{row['knn_top1']:.0f} % if m {m}" for m, row in last.items())
     holds = shared.compare(last[RISING], last[ZERO], "knn_top1") > 0
-    return shared.answer(holds, f"depending on m the teacher ends at {ends}. On average over the "
-                         f"epochs it is ahead of its student by {leads} (points).")
+    return shared.answer(holds, f"the teacher ends at {ends}. Points by which it is ahead of its "
+                         f"student, averaged over the epochs: {leads}.")
 
 
 def main(argv=None):

@@ -114,7 +114,7 @@ def draw(whole, means, task, pictures):
     shared.bars(ax, means, "name", COLUMNS[task], fmt="%.1f")
     unit = {"bags": "validation AUC", "labeling": "accuracy"}.get(task, "validation accuracy")
     ax.set(ylabel=f"{unit}, %", ylim=(0, 140), yticks=range(0, 101, 20),
-           xlabel="labels a class" if task == "pseudo" else "")
+           xlabel="labels per class" if task == "pseudo" else "")
     ax.legend(fontsize=8, ncols=2, loc="upper center")
     if pictures:
         strip = lower.subplots()
@@ -130,7 +130,7 @@ def answer(task, means):
     row = means[-1 if task == "labeling" else 0]
     beside = {"floor": row[floor], "floor_sd": row[f"{floor}_sd"]}
     own = {"floor": row[ours], "floor_sd": row[f"{ours}_sd"], "seeds": row["seeds"]}
-    parts = [f"{row['name']} {row[ours]:.1f} ({row[floor]:.1f} and {row[ceiling]:.1f})"
+    parts = [f"{row['name']}: {row[ours]:.1f} ({row[floor]:.1f}, {row[ceiling]:.1f})"
              for row in means]
     return shared.answer(shared.compare(own, beside, "floor") > 0,
                          f"in %, with floor and ceiling in brackets: {'; '.join(parts)}.")
