@@ -1,5 +1,6 @@
 """BYOL: Bootstrap Your Own Latent, A New Approach to Self-Supervised Learning
-Grill, Strub, Altche, Tallec, Richemond et al., NeurIPS 2020, https://arxiv.org/abs/2006.07733
+Grill, Strub, Altche, Tallec, Richemond et al., NeurIPS 2020, https://arxiv.org/abs/2006.07733,
+whose numbers of sections and appendices are used here.
 Slides: "Contrastive Learning: Bootstrap Your Own Latent (BYOL)", "How does BYOL work?".
 
 From one view of an image, an online network predicts what a target network makes of another view.
@@ -25,17 +26,24 @@ Where this file departs from the paper and the released code:
   - The target starts as a copy, as on the slides (released code: another random draw).
   - m is smaller in short runs (m_start); in recipes for a CPU it is 0.9 and q has ten times the
     learning rate of the rest (Appendix I: if q learns faster, even m = 0 works).
+  - A crop that does not fit is drawn again, as in torchvision (released code: cut off at the edge
+    of the image, so that crops are larger and some beyond 3/4 to 4/3).
   - Brightness is scaled (released code: shifted), contrast is scaled around the mean grey (around
     each channel's mean), saturation is a blend with grey (a factor in HSV), and crops are resized
     bilinearly with antialiasing (bicubic) and blurred with reflected edges (zero padding).
-  - The scale of a residual block's last batch norm starts at one (released code: at zero). No
-    linear classifier is trained on the side (released code: one on h, without gradient to h).
+  - Initial weights and padding are PyTorch's (released code: Haiku's). The scale of a residual
+    block's last batch norm starts at one, as in the paper (released code: at zero in a ResNet-50).
+    No linear classifier is trained on the side (released code: one on h, without gradient to h).
   - SGD, unlike LARS, decays biases and batch norm as well.
   - Warm-up is a share of the run, and its rate starts above 0 (released code: at 0).
-  - Larger images follow the released code's preset for 100 epochs (paper: 300 and 1000), with a
-    batch for one GPU (paper: 4096). Images up to 64 pixels are trained by SGD without blur, as in
-    lightly's CIFAR-10 benchmark.
-  - The linear probe is fitted by L-BFGS on features of central crops (paper: SGD on random crops).
+  - Larger images follow the released code's preset for 100 epochs with a batch for one GPU, 256
+    (there: 4096 with the same m, so that, counted in images, its target is 16 times as slow). Its
+    presets for longer runs: 300 epochs, lr 0.3; 1000, lr 0.2, weight decay 1.5e-6, m 0.996.
+  - Images up to 64 pixels are trained by SGD without blur, as in lightly's CIFAR-10 benchmark
+    (which has no warm-up and no solarization, and m stays 0.99).
+  - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised features of central
+    crops (paper: by SGD on random crops).
+  - On a GPU the networks run in half precision (with --amp off in float32).
   - The built-in set has a recipe of its own, sized for a CPU.
 
     python byol.py      75 s on 2 CPU cores; mean of three seeds: 93.2 % linear, 76.7 % k-NN; the

@@ -149,7 +149,8 @@ def options(method, doc, table, argv=None):
     o = p.add_argument_group("run").add_argument
     o("--seed", **number(int, 0, 2**31), default=0, help="seed of weights, order and draws (0)")
     o("--device", help="cuda, mps (PyTorch 2.13) or cpu (the first available)")
-    o("--amp", **one_of(["auto", "bf16", "fp16", "off"]), default="auto", help="autocast (auto)")
+    o("--amp", **one_of(["auto", "bf16", "fp16", "off"]), default="auto",
+      help="half precision for the networks (auto: on GPUs)")
     o("--compile", action="store_true", help="compile networks and augmentation")
     o("--out", help=f"output folder (next free runs/{method}-<dataset>-s<seed>)")
     o("--resume", action="store_true", help="resume the last unfinished run of --out, or begin one")

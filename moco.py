@@ -29,14 +29,18 @@ images whose keys it encodes are dealt out at random. Within a process, the part
 Where this file departs from the papers and the released code:
   - f_k is updated after the SGD step, as in Algorithm 1 (released code: before keys are encoded).
     All keys are the same; only the final f_k has one update more.
-  - Small sets use fewer keys (see keys), and short runs on larger images a smaller m (momentum_k).
-    K need not be a multiple of N, as the queue wraps around (released code: it must be).
+  - Small sets use fewer keys (see keys), and on larger images runs of under 14,000 steps a smaller
+    m (see momentum_k). K need not be a multiple of N, as the queue wraps around (released code: it
+    must be).
   - The cosine schedule changes the rate every step (released code: every epoch).
   - The blur is a Gaussian a tenth of the image wide, edges reflected (released code: Pillow's three
     box blurs, edges repeated).
   - With a GPU, images up to 64 pixels follow the released CIFAR-10 demo, but with v2's head and
-    ImageNet's mean and deviation. Each of the --bn-splits is a run of images (demo: every 8th).
-  - The linear probe is fitted by L-BFGS on features of central crops (papers: SGD on random crops).
+    ImageNet's mean and deviation. Each of the --bn-splits is a run of images (demo: every 8th). The
+    demo's k-NN is that of q, with --knn-k 200 and --knn-tau 0.1.
+  - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised features of central
+    crops (papers: by SGD on random crops).
+  - On a GPU the networks run in half precision (with --amp off in float32).
   - The built-in set, and small images without a GPU, have recipes of their own, sized for a CPU.
 
     python moco.py      52 s on 2 CPU cores; mean of three seeds: 96.8 % linear, 88.6 % k-NN; the
@@ -375,7 +379,7 @@ def train(args, run):
     net, net_ema = build(args, splits), build(args, splits)
     common.load_weights(net, args, renames=RENAMES, adapt=query_encoder, mean=MEAN)
     net_ema.load_state_dict(net.state_dict())
-    for f in (net, net_ema):  # every process keeps its own batch norm: see encode_shuffled
+    for f in (net, net_ema):  # every process normalises by its own images: see encode_shuffled
         f.to(run.device, memory_format=torch.channels_last)
     net_ema.requires_grad_(False)  # no gradient to keys: f_k is only a moving average
     queue, ptr = random_queue(args).to(run.device), torch.tensor(0, device=run.device)

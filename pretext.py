@@ -33,8 +33,10 @@ Symbols: x (M, 3, S, S) in [0, 1], the M = 2N views of N images; h (n, d) repres
 pictures that go into f; p, z (n, D) vectors that cpc and view compare.
 
 Where this file departs from the papers:
-  - All tasks share ResNets (most papers: AlexNet), crops and flips, and one schedule of warm-up and
-    cosine. SGD has no Nesterov momentum (RotNet: has it, and a rate that falls in steps).
+  - All tasks share ResNets (most papers: AlexNet), RGB in [0, 1] (most: less the mean), crops of at
+    least 30 % of the area (RotNet on ImageNet: 8 %), flips (patch's and jigsaw's code: none), and
+    one schedule of warm-up and cosine. SGD has no Nesterov momentum (RotNet: has it, and a rate
+    that falls in steps).
   - Heads get only h, after pooling (papers: feature maps), so the answer has to be in what is
     evaluated. h is evaluated on whole views, even if the network was trained on tiles, and by
     logistic regression (papers: mostly by SGD on feature maps).
@@ -44,21 +46,29 @@ Where this file departs from the papers:
   - patch: pairs of the centre and each of its eight neighbours, in both orders (released code: all
     neighbours in a grid over the image). patch and jigsaw: in two thirds of the tiles one channel
     is copied to all (patch's released code: every tile keeps one, with noise in the other two;
-    jigsaw's: grey tiles or shifted channels), each channel has mean 0 and deviation 1 (patch's
-    released code: one deviation for all channels), and no tile is shrunk.
+    jigsaw's second release: half of the images are grey, and the channels of all tiles shifted),
+    each channel has mean 0 and deviation 1 (patch's released code: one deviation for all channels;
+    jigsaw's: means alone, or neither), and no tile is shrunk.
     jigsaw: orders are chosen by their distance to the nearest, then by their mean distance.
-  - colorization: our own list of 261 bins (released: 313), on a grid of at most 16 x 16.
+  - colorization: our own list of 261 bins (released: 313), on a grid of at most 16 x 16, for the
+    mean colour of each place (released code: the colour of one pixel in 4 x 4). Their frequencies
+    are those of at most 512 views (released code: of ImageNet), and grey images count, too.
     splitbrain: soft bins for colours (paper: hard), hard ones for lightness; every convolution has
-    two groups (released code: only conv2, conv4 and conv5).
+    two groups (released network: only conv2, conv4 and conv5).
   - inpainting: no adversarial loss and no overlap; the hole is one square anywhere (paper: a square
     in the middle, several squares, or a random shape), filled with the mean colour (123, 117, 104)
     in RGB (released code: the same three numbers in the order 117, 104, 123). denoising: one
-    network trained end to end (paper: layer by layer, fully connected, with tied weights).
-  - cpc: layer norm, dropped colours and predicting at least three rows ahead come from version 2
-    (Henaff 2019, 1905.09272). Ours has one direction, two distances, whole patches and a smaller
-    context network; the negatives are the patches of the same rows in all views of the batch.
-  - view: the fixed network ends in a linear layer and batch norm (paper: BYOL's projector), and the
-    predictor is applied to h itself.
+    network trained end to end on the squared error, each pixel black with probability 1/4 (paper:
+    layer by layer, fully connected, with tied weights, on the cross-entropy; a fixed number of
+    inputs black).
+  - cpc: layer norm, dropped colours (here as for patch, in 80 % of the patches) and predicting at
+    least three rows ahead come from version 2 (Henaff 2019, 1905.09272). Ours has one direction,
+    two distances, whole patches and a smaller context network; the negatives are the patches of the
+    same rows in all views of the batch.
+  - view: the fixed network starts as a copy of f and ends in a linear layer and batch norm (paper:
+    BYOL's projector), the predictor is applied to h itself, and views have BYOL's colour jitter and
+    grey, but no blur and no solarization.
+  - On a GPU the networks run in half precision (with --amp off in float32).
 
     python pretext.py   43 s on 2 CPU cores; mean of three seeds: 93.9 % linear, 88.8 % k-NN; the
                         untrained network has 30.4 and 29.7 %, raw pixels have 27.0 and 38.2 %
@@ -108,10 +118,11 @@ def by_task(other, **tasks):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# The second column is RotNet's for CIFAR-10, with as many turned images per step; an epoch has two
-# views of every image (released code: one, for 200 epochs). In the third, epochs and weight decay
-# are mmselfsup's; for as many pictures per step, rotation has an eighth of mmselfsup's and VISSL's
-# rate, and jigsaw half of VISSL's. For other tasks both columns are our own choice, not measured.
+# In the second column rate and weight decay are RotNet's for CIFAR-10, with as many turned images
+# per step; an epoch has two views of every image (released code: one, for 200 epochs). In the
+# third, the number of epochs and weight decay are mmselfsup's (epochs of one view there); for as
+# many pictures per step, rotation has an eighth of mmselfsup's and VISSL's rate, and jigsaw half of
+# VISSL's. For other tasks both columns are our own choice, not measured.
 # common.py adds --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed         meaning
@@ -464,7 +475,7 @@ def ab_bins():
 
 def soft_encode(ab, bins):
     """(M, 2, s, s) -> Z (M, Q, s, s): weights of the 5 nearest bins, Gaussian in their distance,
-    of width 5, which add up to 1 (Zhang et al. 2016, Section 2.1)."""
+    of width 5, which add up to 1 (Zhang et al. 2016, Section 2.1; released code: of the 10)."""
     places = ab.flatten(2).mT  # (M, s s, 2)
     distance = torch.cdist(places, bins, compute_mode="donot_use_mm_for_euclid_dist")
     near, q = distance.topk(5, largest=False)  # (M, s s, 5) each
@@ -722,7 +733,7 @@ def masked_l2(answer, x, mask):
 
         L = | mask * (x - answer) |^2 / (3 * number of masked pixels)
 
-    answer, x: (n, 3, S, S), mask: (n, 1, S, S) bool; all true is Vincent et al.'s squared error.
+    answer, x: (n, 3, S, S), mask: (n, 1, S, S) bool, all true for denoising.
     -> scalar. Test: test_masked_l2_equation.
     """
     squares = (answer - x).square() * mask

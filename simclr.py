@@ -17,24 +17,32 @@ Algorithm 1 of the paper, for a batch of N images:
 Symbols: x1, x2 (N, 3, S, S) in [0, 1]; h (2N, d); z (2N, D), with halves z1 and z2; s (2N, 2N).
 The paper numbers the two views of image k as 2k - 1 and 2k; here they are k and k + N.
 
-Where this file departs from the paper and the released code:
-  - Crops are resized bilinearly, with antialiasing (released code: bicubic). Areas are uniform from
-    0.08 up, as in the paper (released code: heights are uniform and areas start at 0.1, so crops
-    are smaller). Contrast is scaled around the mean grey and saturation is a blend with grey, as in
-    the paper's PyTorch code (released code: around each channel's mean, and a factor in HSV). Every
-    image has its own blur deviation, and edges are reflected (released code: one per batch, zeros).
-  - g has two layers, as in the paper, batch norm after the first only and PyTorch's initialisation
-    (released code: three layers by default, batch norm after each, normal with deviation 0.01). The
-    scale of a residual block's last batch norm starts at one (released code: at zero).
+Where this file departs from the paper and the released code (the code since SimCLR v2; as first
+released, g had two layers, brightness was added, and weight decay was the paper's):
+  - Crops are resized bilinearly, with antialiasing (released code: bicubic, without). Areas are
+    drawn uniformly from 0.08 up, as in the paper, and aspects log-uniformly; if ten boxes do not
+    fit, a central one is taken (released code: heights and aspects are uniform and areas start at
+    0.1, so crops are smaller; the whole image if a hundred do not fit).
+  - The colour jitter is that of the paper's PyTorch code: brightness is a factor (its TensorFlow
+    code: added), contrast is scaled around the mean grey (around each channel's mean), saturation
+    is a blend with grey (a factor in HSV), and the order is random (fixed). Every image has its
+    own blur deviation, and edges are reflected (released code: one per batch, zeros).
+  - g has two layers, as in the paper, batch norm after the first only, a bias in the second (paper:
+    none) and PyTorch's initialisation (released code: three layers by default, batch norm after
+    each, normal with deviation 0.01). A residual block's last batch norm starts with a scale of one
+    (released code: zero), and convolutions start as in torchvision (released code: by fan-in).
   - LARS multiplies by the learning rate after the momentum (released code: before). The two are
     the same while the rate is constant. SGD decays all parameters and has no Nesterov momentum
     (released code: batch norm is not decayed, and Nesterov is on).
+  - Weight decay of larger images is the paper's 1e-6 (released code: 1e-4).
   - Warm-up is a share of the run, and its rate starts above 0 (released code: at 0).
   - The loss is the mean over the 2N anchors, as in the paper (released code: twice that).
-  - Small images use SGD and temperature 0.2 (released command for CIFAR-10: LARS, 0.5). The 0.2 is
-    from solo-learn's SimCLR, the rate and weight decay from its MoCo v2+, both for CIFAR-10. The
-    recipe for a CPU uses temperature 0.1, chosen on validation images.
-  - The linear probe is fitted by L-BFGS on features of central crops (paper: SGD on random crops).
+  - Small images use SGD, temperature 0.2 and 200 epochs (released command for CIFAR-10: LARS, 0.5,
+    1,000). The 0.2 is from solo-learn's SimCLR, the rate and weight decay from its MoCo v2+, both
+    for CIFAR-10. The recipe for a CPU uses temperature 0.1, chosen on validation images.
+  - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised features of central
+    crops (paper: by SGD on random crops).
+  - On a GPU the networks run in half precision (with --amp off in float32).
 
     python simclr.py    34 s on 2 CPU cores; mean of three seeds: 99.0 % linear, 96.1 % k-NN; the
                         untrained network has 30.4 and 29.7 %, raw pixels have 27.0 and 38.2 %
@@ -60,12 +68,13 @@ NETS = one_of(["convnet", "convnet_wide", "resnet18", "resnet34", "resnet50"])
 
 def rate(args, n):
     """Default --lr for larger images: 0.3 for SGD; for LARS 0.075 sqrt(N) after the factor N / 256,
-    which is better than a linear rate if N is small (paper, Appendix B.1)."""
+    better than a linear rate if N is small and epochs are few (paper, Appendix B.1)."""
     return 19.2 / math.sqrt(args.batch_size) if args.optimizer == "lars" else 0.3
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones
-# (the paper's ImageNet setting, except for N). common.py adds --dataset, --seed, --amp and so on.
+# (the paper's ImageNet setting, except for N and, with it, the rate). common.py adds --dataset,
+# --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed            meaning
     "arch":         ("convnet",  "resnet18", "resnet50", NETS,              "encoder f"),
@@ -208,11 +217,12 @@ def nt_xent(z1, z2, tau):
 
 
 class LARS(torch.optim.SGD):
-    """Layer-wise adaptive rate scaling (You et al. 2017). Test: test_lars_equation.
+    """Layer-wise adaptive rate scaling (You et al. 2017), with r as in SimCLR's released code.
 
         r = eta |w| / |g + wd w|,   v <- mu v + r (g + wd w),   w <- w - lr v   for each tensor w
 
     Where w or g + wd w is 0, r is 1. Biases and batch norm (one dimension): v <- mu v + g.
+    Test: test_lars_equation.
     """
 
     def __init__(self, params, lr, momentum, weight_decay, eta=0.001):
