@@ -23,21 +23,25 @@ centre; tau_s, tau_t temperatures; m, m_C momenta (slide: l, m). net is g_s, net
 that is kept. In a ViT: P side of a patch, T patches per view, width D = d.
 
 Where this file departs from the paper and the released code:
-  - tau_t is set every step (released code: every epoch). Warm-ups are shares of the run, and the
-    rate starts above 0 and ends at 0 (released code: 0 and 1e-6). m starts lower on short runs.
+  - tau_t is set every step (released code: every epoch). Warm-ups are shares of the run (released
+    code: 10 and 30 epochs: a tenth and 0.3 of 100), and the rate starts above 0 and ends at 0
+    (released code: 0 and 1e-6). m starts lower on short runs.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
     a tenth of the view wide (released code: Pillow's three box blurs, not cut off).
-  - Small images are not blurred. Narrow ViTs start with sinusoidal positions (start_with_sines).
+  - Small images are not blurred. ViTs narrower than 384, also vit_tiny, have sinusoidal positions
+    and Xavier's rule for their blocks at the start (start_with_sines).
   - The recipe for the built-in set is sized for a CPU: a small ViT that begins with convolutions
     (Xiao et al. 2021), batch norm in the head (an option of the released code), few classes K, a
     colder teacher, and, because short runs learn more that way, a faster centre, a constant m, and
     no local views (benchmarks/LOG.md).
-  - The linear probe is fitted by L-BFGS on class tokens of central crops (paper: by SGD on random
-    crops; released code: on class tokens of a ViT-S's last four blocks).
+  - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised class tokens of
+    central crops (paper, Appendix F.2, and released code: by SGD on random crops, and on those of a
+    ViT-S's last four blocks).
   - The last column of OPTIONS follows the released command for a ViT-S and 100 epochs, with half
     its batch (its help then advises an m of 0.9995, here 0.996), except for tau_t, which is the
     paper's (there: 0.04 throughout), and norm_last_layer (there: true). The released command for
-    300 epochs sets both as here.
+    300 epochs sets both as here. That for a ResNet-50 is --optimizer sgd --lr 0.03 --weight-decay
+    1e-4 --weight-decay-end 1e-4 --global-scale 0.14 --tau-t 0.04 --norm-last-layer.
 
     python dino.py      83 s on 2 CPU cores; mean of three seeds: 92.8 % linear, 82.5 % k-NN; the
                         untrained network has 32.1 and 20.9 %, raw pixels have 27.0 and 38.2 %
@@ -115,12 +119,12 @@ OPTIONS = {  # fmt: skip
     "epochs":            (16,         200,        100,         FROM_1,     "passes over the set"),
     "batch_size":        (64,         512,        256,         FROM_2,     "N (paper: 1024)"),
     "optimizer":         ("adamw",    "adamw",    "adamw",     "adamw|sgd",
-                          "released ResNets: sgd, --lr 0.03, constant decay 1e-4"),
+                          "released ResNet-50: sgd, see the docstring"),
     "lr":                (6e-3,       5e-4,       5e-4,        POSITIVE,   "peak, times N / 256"),
     "warmup":            (0.1,        0.1,        0.1,         SHARE,      "share of steps"),
     "weight_decay":      (0.04,       0.04,       0.04,        SHARE,      "at the start"),
     "weight_decay_end":  (0.04,       0.4,        0.4,         SHARE,      "at the end"),
-    "clip":              (3.0,        3.0,        3.0,         POSITIVE,   "max gradient norm"),
+    "clip":              (3.0,        3.0,        3.0,         POSITIVE,   "max norm per tensor"),
     "freeze_last_layer": (1,          1,          1,           FROM_0,     "epochs at the start"),
     "m":                 (momentum,   momentum,   momentum,    SHARE,      "momentum at the start"),
     "m_end":             (constant,   1.0,        1.0,         SHARE,      "momentum at the end"),

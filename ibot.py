@@ -26,24 +26,29 @@ Where this file departs from the paper and the released code:
   - Each global view is masked, or not, on its own, as in the released code (paper: both views of an
     image together). A view without a mask counts as 0 in L_MIM, as in the released code.
   - Class and patch tokens share the head, as in the paper and the released runs (default of the
-    released code: only in the teacher). The length of the last layer's rows is trained, as in the
-    released commands for ViT-S and Swin-T (default of the released code: fixed).
+    released code: the student has two last layers). The length of the last layer's rows is trained,
+    as in the released commands for ViT-S and Swin-T (default of the released code: fixed).
   - tau_t and tau_t', too, are set every step (released code: every epoch). Warm-ups are shares of
-    the run, and the rate starts above 0 and ends at 0 (released code: 0 and 1e-6). In short runs m
-    starts lower (released code: 0.996).
+    the run (released code: 10 and 30 epochs: a tenth and 0.3 of 100), and the rate starts above 0
+    and ends at 0 (released code: 0 and 1e-6). In short runs m starts lower (released code: 0.996).
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
     a tenth of the view wide (released code: Pillow's three box blurs, not cut off).
-  - Small images are not blurred. Narrow ViTs start with sinusoidal positions (start_with_sines).
+  - Small images are not blurred. ViTs narrower than 384, also vit_tiny, have sinusoidal positions
+    and Xavier's rule for their blocks at the start (start_with_sines).
   - The recipe for the built-in set is sized for a CPU: batch norm in the head, one in each of two
-    layers, applied to class tokens and to patches separately (an option of the released code, which
-    uses the same one in both layers, for both together), few classes K, a colder teacher, a faster
-    centre, a constant m, no local views, and a small ViT that begins with convolutions (Xiao et al.
-    2021). These see 7 pixels left of a patch and above it, so a hidden patch leaks into three
-    neighbours; without the leak it learned less, not more (benchmarks/LOG.md). On this set half of
-    what patch classes encode is position, so L_MIM far below chance does not prove learning.
-  - The linear probe is fitted by L-BFGS on central crops (paper: SGD on random ones).
+    layers, applied to class tokens and to patches separately, with statistics of both in evaluation
+    (an option of the released code, which uses the same one in both layers, for both together), few
+    classes K, a colder teacher, a faster centre, a constant m, no local views, and a small ViT that
+    begins with convolutions (Xiao et al. 2021). These see 7 pixels left of a patch and above it, so
+    a hidden patch leaks into three neighbours; without the leak one run learned less, not more
+    (benchmarks/LOG.md). On this set half of what patch classes encode is position, so L_MIM far
+    below chance does not prove learning.
+  - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised class tokens of
+    central crops (released code: by SGD on random crops, and on those of a ViT-S's last four
+    blocks).
   - Only the last of the three columns of OPTIONS follows the released code: its ViT-S, for 100
-    epochs instead of 800, with a batch for one GPU.
+    epochs instead of 800, with a batch for one GPU (its help then advises an m of 0.9995, here
+    0.996). Its global crops have 25 % of the area or more (paper, Appendix B: 32 %).
 
     python ibot.py      105 s on 2 CPU cores; mean of three seeds: 89.7 % linear, 76.9 % k-NN; the
                         untrained network has 32.1 and 20.9 %, raw pixels have 27.0 and 38.2 %
@@ -127,7 +132,7 @@ OPTIONS = {  # fmt: skip
     "warmup":            (0.1,        0.1,        0.1,         SHARE,      "share of steps"),
     "weight_decay":      (0.04,       0.04,       0.04,        SHARE,      "at the start"),
     "weight_decay_end":  (0.04,       0.4,        0.4,         SHARE,      "at the end"),
-    "clip":              (3.0,        3.0,        3.0,         POSITIVE,   "max gradient norm"),
+    "clip":              (3.0,        3.0,        3.0,         POSITIVE,   "max norm per tensor"),
     "freeze_last_layer": (1,          1,          1,           FROM_0,     "epochs at the start"),
     "m":                 (momentum,   momentum,   momentum,    SHARE,      "momentum at the start"),
     "m_end":             (constant,   1.0,        1.0,         SHARE,      "momentum at the end"),

@@ -39,18 +39,27 @@ sources, -1 abstains; posterior (n, C); mask (bags, k), true where a bag has an 
 Where this file departs from the papers:
   - One setup for all tasks: the same networks and flips, AdamW (FixMatch: SGD), and a rate that
     rises linearly and falls as half a cosine.
-  - labeling: EM (paper: stochastic gradients with Gibbs sampling), independent sources,
-    equally frequent classes. On the built-in set sources abstain more often for some classes than
-    for others, so each has a probability for every pair of class and answer (Dawid & Skene 1979);
-    --label-model em is the paper's, with one accuracy per source. triplets takes the median of all.
+  - labeling: the paper's model of independent sources, fitted by EM, for any number of classes
+    (paper: by stochastic gradients, for two; also for sources that depend on each other). On the
+    built-in set sources abstain more often for some classes than for others, so each has a
+    probability for every pair of class and answer (Dawid & Skene 1979); --label-model em is the
+    paper's, with one accuracy per source. triplets takes the median of all triplets, leaves out
+    abstentions and finds sources below chance (released code: abstentions count as 0, and all
+    sources as better than chance).
   - bags: L = 64 (paper: 128), attention without biases (released code: with), several bags per step
-    (released code: one). Images are shuffled and cut into bags; each image is in exactly one.
+    (released code: one). Images are shuffled and cut into bags of half to the whole of --bag-size;
+    each image is in exactly one (released code: 10 images on average, drawn with replacement). A
+    step has room for the largest bags, so an epoch is about 0.8 of a pass.
   - noisy: at least R(T) N images are kept, as in the paper (released code: rounded down), and the
-    loss is their mean (released code: divided by their number once more). T counts from 0.
+    loss is their mean (released code: divided by their number once more). T counts from 0, so R is
+    1 in the first epoch (released code: already less). Images are flipped, and the rate falls from
+    the start (released code: no augmentation, and from epoch 80). The last epoch is reported
+    (paper: the mean of the last ten).
   - pseudo: strong views are smaller crops with jitter, without it on the built-in set (paper:
     RandAugment or CTAugment, then Cutout); weak ones are larger crops (paper: shifts). There is
     no average of network weights, and the rate falls to 0 (paper: to about 0.2 of its peak).
-    --threshold 0 gives Lee's loss, but his has one view and a growing weight.
+    --threshold 0 gives Lee's loss, but his has one view and a growing weight. For ImageNet the
+    paper has --mu 5 --threshold 0.7 and a weight of 10 for the unlabelled term, which is 1 here.
   - With several GPUs each selects among its own images.
   - What is evaluated is the classifier itself; there is no linear probe.
 

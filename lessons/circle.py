@@ -72,7 +72,8 @@ def answer(means):
     """Is uniformity over half of the best possible, and alignment under half of that at random?"""
     first, last = means[0], means[-1]
     holds = last["uniformity"] < UNIFORM / 2 and last["alignment"] < 1
-    text = (f"uniformity {first['uniformity']:.2f} before, {last['uniformity']:.2f} after (at best "
+    before = round(first["uniformity"], 2) + 0.0  # not -0.00
+    text = (f"uniformity {before:.2f} before, {last['uniformity']:.2f} after (at best "
             f"{UNIFORM:.2f}); alignment {first['alignment']:.2f} before, {last['alignment']:.2f} "
             "after (2 for random points)")
     if "head_knn_top1" in last:

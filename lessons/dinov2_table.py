@@ -41,7 +41,7 @@ from lessons import shared
 # of 800), and for the warm-ups DINOv2's after it (80 and 30 of 500).
 VALUES = ("toys", "small", "paper")
 BASE = {  # of all rows
-    "image_size": (32, 32, 224), "local_size": (16, 16, 98), "lr": (4e-3, 1e-3, 4e-3),
+    "image_size": (32, 32, 224), "local_size": (16, 16, 98), "lr": (4e-3, 1e-3, 1e-3),
     "m_end": 1.0}
 ROWS = {  # -> {option: values}, the slide's k-NN and linear top-1
     "iBOT reproduced": ({
