@@ -234,7 +234,8 @@ def ema_update(net_ema, net, m):
 
 
 def m_at(step, steps, m):
-    """From m to 1 by half a cosine (paper, Section 3.3), but 0 stays 0. Test: test_m_at."""
+    """From m at step 0 to 1 at step = steps by half a cosine (paper, Section 3.3); 0 stays 0.
+    Test: test_m_at."""
     if m == 0:
         return 0.0
     return 1 - (1 - m) * (math.cos(math.pi * step / steps) + 1) / 2
@@ -270,7 +271,7 @@ class LARS(torch.optim.SGD):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
+    """Linear warm-up, (step + 1) / warmup of peak, then half a cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

@@ -412,8 +412,9 @@ def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
         Q_nk <- Q_nk / sum_n Q_nk        every prototype gets the same share of all rows
         Q_nk <- Q_nk / sum_k Q_nk        every row is a distribution
 
-    logits: (n, K) -> (n, K), rows sum to 1. Uses logarithms, so finite for finite logits. gather:
-    (1, K) -> (world, K), for sums over the rows of all processes. Test: test_sinkhorn_equation.
+    logits: (n, K) -> (n, K), rows sum to 1. Uses logarithms, so finite for finite logits. No
+    gradient to logits. gather: (1, K) -> (world, K), for sums over the rows of all processes.
+    Test: test_sinkhorn_equation.
     """
     Q = logits.detach() / tau  # (n, K), log Q
     for _ in range(iterations):
@@ -424,8 +425,9 @@ def sinkhorn_knopp(logits, tau, iterations=3, gather=None):
 
 
 def targets(t, center, tau_t, centering, gather=None):
-    """Turn the teacher's raw outputs into the student's targets: by Sinkhorn-Knopp or, with the
-    centre from earlier steps, softmax((t - C) / tau_t) as in DINO (paper, Section 4).
+    """Turn the teacher's raw outputs into the student's targets: with centering "sinkhorn" by
+    Sinkhorn-Knopp, else, with the centre C from earlier steps, softmax((t - C) / tau_t) as in DINO
+    (paper, Section 4).
 
     t: (n, K), center: (1, K) -> (n, K). No gradient to t. Test: test_targets.
     """
@@ -473,8 +475,8 @@ def koleo(x):
 
         -1/n sum_i log d_i,   d_i = min_{j != i} |x_i / |x_i| - x_j / |x_j||
 
-    x: (n, D) -> scalar. The 1e-8 in d and in its logarithm is the released code's.
-    Test: test_koleo_equation.
+    x: (n, D) -> scalar. As in the released code, 1e-8 is added to each element of the difference
+    (F.pairwise_distance) and to d before its logarithm. Test: test_koleo_equation.
     """
     x = F.normalize(x, eps=1e-8)
     nearest = (x @ x.T).detach().fill_diagonal_(-2.0).argmax(1)  # (n,) the largest cosine
@@ -484,7 +486,7 @@ def koleo(x):
 def mean_entropy(q):
     """Mean entropy of the targets (n, K), whose rows sum to 1 -> scalar (DINO's paper, Figure 7).
 
-    Test: test_mean_entropy.
+    0 log 0 is 0. Test: test_mean_entropy.
     """
     return torch.special.entr(q).sum(1).mean()
 
@@ -526,14 +528,15 @@ def mean_of_all(x, run):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
+    """Linear warm-up, (step + 1) / warmup of peak, then half a cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def cosine(step, steps, start, end):
-    """From start to end by half a cosine, for m and the weight decay. Test: test_cosine."""
+    """From start at step 0 to end at step = steps by half a cosine, for m and the weight decay.
+    Test: test_cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 

@@ -397,7 +397,7 @@ def ibot_loss(s_cls, t_cls, s_patch, t_patch, masks, center, center_patch, tau_s
 def entropy(teacher, center, tau_t):
     """Mean entropy of the teacher's n distributions (DINO's paper, Figure 7): (n, K) -> scalar.
 
-    Test: test_entropy.
+    0 log 0 is 0. No gradient to the teacher. Test: test_entropy.
     """
     return torch.special.entr(F.softmax((teacher.detach() - center) / tau_t, dim=1)).sum(1).mean()
 
@@ -433,14 +433,15 @@ def update_center(center, teacher, m):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
+    """Linear warm-up, (step + 1) / warmup of peak, then half a cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def cosine(step, steps, start, end):
-    """From start to end by half a cosine, for m and the weight decay. Test: test_cosine."""
+    """From start at step 0 to end at step = steps by half a cosine, for m and the weight decay.
+    Test: test_cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 

@@ -698,7 +698,8 @@ def cross_entropy(logits, y):
 def classification(logits, y):
     """Cross-entropy and, for the log, the share of right answers (no equation of a paper).
 
-    logits: (n, C), y: (n,) -> two scalars by name. Test: test_classification.
+    logits: (n, C), y: (n,) -> {"loss": scalar, "accuracy": scalar, 0 to 1}.
+    Test: test_classification.
     """
     correct = (logits.argmax(1) == y).to(logits.dtype)
     return {"loss": cross_entropy(logits, y), "accuracy": correct.mean()}
@@ -777,7 +778,7 @@ def byol_loss(p, z, stop_gradient=True):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
+    """Linear warm-up, (step + 1) / warmup of peak, then half a cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

@@ -242,7 +242,7 @@ class LARS(torch.optim.SGD):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
+    """Linear warm-up, (step + 1) / warmup of peak, then half a cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

@@ -387,10 +387,11 @@ def posterior(votes, P):
 
 
 def triplets(votes):
-    """Accuracies (m,) for two classes in closed form (Fu et al. 2020). For votes v of
-    -1 and 1, and a_i = 2 alpha_i - 1, E[v_i v_j] = a_i a_j where both vote, and so
+    """Accuracies alpha (m,) for two classes in closed form (Fu et al. 2020). votes: (n, m) of 0 and
+    1, -1 abstains. With v = 2 votes - 1 and a = 2 alpha - 1, E[v_i v_j] = a_i a_j, the mean where
+    both vote, and so
 
-        a_i^2 = E[v_i v_j] E[v_i v_k] / E[v_j v_k],   here the median over all j, k
+        a_i^2 = E[v_i v_j] E[v_i v_k] / E[v_j v_k],   here the median over all j, k; i, j, k differ
 
     The sign of a_i is that of its agreement with all others. Test: test_triplets.
     """
@@ -448,7 +449,8 @@ def bag_loss(s, y, mask):
 
         L = -1/n sum_i [ y_i log p_i + (1 - y_i) log(1 - p_i) ]
 
-    s, y, mask: of the same shape, y and mask bool; mask has n true entries -> scalar.
+    s, y, mask: of the same shape, s float or double, y and mask bool; mask has n true entries ->
+    scalar.
     Test: test_bag_loss_equation.
     """
     losses = F.binary_cross_entropy_with_logits(s, y.to(s.dtype), reduction="none")
@@ -456,7 +458,7 @@ def bag_loss(s, y, mask):
 
 
 def small_loss(losses, keep):
-    """The images with the smallest losses, at least a share `keep` of all (Han et al. 2018,
+    """The images with the smallest losses, ceil(keep n) of n, but at least one (Han et al. 2018,
     Algorithm 1). losses: (n,) -> index. Test: test_coteaching_is_algorithm_1."""
     n = max(1, math.ceil(keep * len(losses) - 1e-6))  # 0.55 * 20 is 11.000000000000002
     return losses.topk(n, largest=False).indices
@@ -500,7 +502,7 @@ def fixmatch_loss(weak_logits, strong_logits, threshold):
 
 
 def lr_at(step, steps, warmup, peak):
-    """Linear warm-up to peak, then half a cosine to 0. Test: test_lr_at."""
+    """Linear warm-up, (step + 1) / warmup of peak, then half a cosine to 0. Test: test_lr_at."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -514,8 +516,8 @@ def keep_rate(epoch, tau, warmup):
 
 
 def transition(kind, rate, classes):
-    """P(label | class), (C, C): a share `rate` of the labels is wrong, for "symmetric" any of the
-    other classes, for "pair" the next one (Han et al. 2018). Test: test_transition."""
+    """P(label | class), (C, C) double: a share `rate` of the labels is wrong, for "symmetric" any
+    of the other classes, for "pair" the next one (Han et al. 2018). Test: test_transition."""
     right = torch.eye(classes, dtype=torch.double)
     wrong = right.roll(1, 1) if kind == "pair" else (1 - right) / (classes - 1)
     return (1 - rate) * right + rate * wrong

@@ -13,7 +13,9 @@ its results for fewer images or rounds, and its local variables. If one differs 
 the program stops and names it.
 """
 
+import argparse
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -78,6 +80,10 @@ def rows(name, matrix):
         print(f"  {i}:  " + "  ".join(f"{number(x):>8}" for x in row))
 
 
+def lengths(name, vectors):
+    rows(f"{name}, and the length of each", [[*v, math.sqrt(dot(v, v))] for v in vectors])
+
+
 def mean(name, values, shipped):
     result = sum(values) / len(values)
     check(name, result, shipped)
@@ -111,6 +117,7 @@ def contrast(name, scores, positive):
 
 def nt_xent(tau=0.5):
     loss, own = inside(simclr.nt_xent, tensor(X1), tensor(X2), tau)
+    lengths("z", X1 + X2)
     z = [unit(v) for v in X1 + X2]
     rows("z / |z|: rows 1 to 3 are first views, 4 to 6 second views of images 1 to 3", z)
     check("z", z, own["z"])
@@ -132,6 +139,8 @@ def info_nce(tau=0.2):
     queue = [unit(v) for v in ([0, 1], [-1, 0], [1, -1], [1, 2])]
     columns = tensor(queue).T
     loss, own = inside(moco.info_nce, tensor(q), tensor(k), columns, tau)
+    lengths("before they are normalised, queries", X1)
+    lengths("and keys", X2)
     rows("queries q", q)
     rows("keys k: row n is from the same image as q_n", k)
     rows("the queue, one key per row", queue)
@@ -151,6 +160,8 @@ def info_nce(tau=0.2):
 
 
 def byol_loss():
+    lengths("p", X1)
+    lengths("z", X2)
     p, z = [unit(v) for v in X1], [unit(v) for v in X2]
     rows("p / |p|, predictions", p)
     rows("z / |z|, targets", z)
@@ -195,8 +206,8 @@ def H(tau_s=1.0, tau_t=0.5, m=0.9):
 
 
 def sinkhorn_knopp(tau=2.0):
-    Q = [[math.exp(x / tau) for x in row] for row in X1]
-    rows("outputs of the teacher for three images, a column for each of two prototypes", X1)
+    Q = [[math.exp(x / tau) for x in row] for row in X2]
+    rows("outputs of the teacher for three images, a column for each of two prototypes", X2)
     rows(f"Q = e^(output / {tau})", Q)
     for step in (1, 2, 3):
         sums = [sum(column) for column in zip(*Q)]
@@ -205,14 +216,15 @@ def sinkhorn_knopp(tau=2.0):
         sums = [sum(row) for row in Q]
         Q = [[x / total for x in row] for row, total in zip(Q, sums)]
         rows(f"round {step}, rows: divided by {', '.join(map(number, sums))}", Q)
-        check(f"Q after round {step}", Q, dinov2.sinkhorn_knopp(tensor(X1), tau, step))
-    check("Q", Q, dinov2.sinkhorn_knopp(tensor(X1), tau))
+        check(f"Q after round {step}", Q, dinov2.sinkhorn_knopp(tensor(X2), tau, step))
+    check("Q", Q, dinov2.sinkhorn_knopp(tensor(X2), tau))
     print("\nrows sum to 1; columns to " + ", ".join(number(sum(c)) for c in zip(*Q)) +
           ", near 3 images / 2 prototypes = 1.5")
 
 
 def koleo():
     loss, own = inside(dinov2.koleo, tensor(X1))
+    lengths("x", X1)
     x = [unit(v) for v in X1]
     rows("x / |x|", x)
     check("x", x, own["x"])
@@ -233,6 +245,8 @@ def attention_pool():
     mask = torch.tensor([[True, True, True, False]])
     (z, a), _ = inside(weak.attention_pool, tensor([X1 + [padding]]), mask, tensor(V), tensor(w))
     rows("a bag of three images, h; a fourth place is empty", X1)
+    rows("V", V)
+    rows("w", [w])
     hidden = [[math.tanh(dot(v, h)) for v in V] for h in X1]
     rows("tanh(V h)", hidden)
     e = [dot(w, v) for v in hidden]
@@ -250,10 +264,13 @@ EQUATIONS = {f.__name__: f for f in (nt_xent, info_nce, byol_loss, H, sinkhorn_k
 
 
 def main(argv=None):
-    p = common.Parser(description=__doc__.split("\n")[0])
+    p = common.Parser(description="\n\n".join(__doc__.split("\n\n")[:2]),
+                      formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", choices=EQUATIONS)
     EQUATIONS[p.parse_args(argv).name]()
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly in front of `| head`
     main()

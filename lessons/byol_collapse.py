@@ -62,7 +62,8 @@ def answer(means):
     if "knn_top1" in whole:
         holds = holds and all(shared.compare(row, whole, "knn_top1") < 0 for row in cut)
         k_nn = ", ".join(f"{row['knn_top1']:.0f}" for row in last.values())
-        text += f"; k-NN of h, in the same order: {k_nn} %"
+        floor = whole["untrained_knn_top1"]
+        text += f"; k-NN of h, in the same order: {k_nn} % (untrained {floor:.0f})"
     return shared.answer(holds and whole["spread"] >= 0.1, text + ".")
 
 

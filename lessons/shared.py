@@ -116,7 +116,7 @@ def write_csv(path, rows, keys):
 def show(rows, keys, title="validation images"):
     """Print these columns."""
     widths = {k: max(22, len(k) + 2) for k in keys[1:]}
-    print(f"\n{title:<24}" + "".join(f"{k:>{n}}" for k, n in widths.items()))
+    print(f"\n{title}\n{keys[0]:<24}" + "".join(f"{k:>{n}}" for k, n in widths.items()))
     for row in rows:
         print(f"{row[keys[0]]:<24}" + "".join(f"{cell(row, k):>{n}}" for k, n in widths.items()))
 

@@ -57,7 +57,7 @@ def H():
 
 
 def sinkhorn_knopp():
-    Q = np.exp(A / 2)
+    Q = np.exp(B / 2)
     found = [Q]
     for _ in range(3):
         found += [Q.sum(0), Q / Q.sum(0)]

@@ -946,8 +946,8 @@ def test_the_collapse_is_named():
 
 
 def test_the_recipes():
-    """Views and schedules of the released recipe of 100 epochs, with DINO's rate for a ViT-S; blur as
-    it was executed."""
+    """Views and schedules of the released recipe of 100 epochs, DINO's rate for a ViT-S; blur as it
+    was executed."""
     args = completed(column=2, n=10**6)
     assert dinov2.crops(args) == [common.Crop(224, (0.32, 1.0), (3 / 4, 4 / 3), 2),
                                   common.Crop(98, (0.05, 0.32), (3 / 4, 4 / 3), 8)]

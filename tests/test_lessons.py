@@ -84,7 +84,7 @@ def test_answer_of_weak():
     ours, floor, ceiling, *_ = module.COLUMNS["pseudo"]
     row = {"name": "4", "seeds": 3, ours: 82.0, floor: 72.0, ceiling: 100.0,
            f"{ours}_sd": 4.0, f"{floor}_sd": 2.0}
-    assert module.answer("pseudo", [row]).endswith(" 4 82.0 (72.0 and 100.0).")
+    assert module.answer("pseudo", [row]).endswith(" 4: 82.0 (72.0, 100.0).")
     assert module.answer("pseudo", [row]).startswith("Yes")
     assert module.answer("pseudo", [row | {f"{ours}_sd": 9.0}]).startswith("Not in these runs")
 
@@ -178,7 +178,8 @@ def test_answers():
         assert answer(rows).startswith(holds)
     answer = lesson("byol_collapse").answer
     for spread, knn, holds in ((0.01, 20, "Yes"), (0.5, 20, "Not"), (0.01, 60, "Not")):
-        rows = [row(loss=20, spread=0.9, knn_top1=60) | {"run": "BYOL", "epoch": 4},
+        rows = [row(loss=20, spread=0.9, knn_top1=60, untrained_knn_top1=20)
+                | {"run": "BYOL", "epoch": 4},
                 row(loss=2, spread=spread, knn_top1=knn) | {"run": "no predictor", "epoch": 4}]
         assert answer(rows).startswith(holds)
     answer = lesson("temperature").answer
@@ -201,7 +202,7 @@ def test_answers_of_vits_and_tasks():
             for name, top1 in (("student", 30), ("teacher", 35))]
     means = shared.over_seeds(rows, ["m", "epoch", "network"], ["knn_top1"])
     text = teacher.answer(rows, means)
-    assert "5.0 ± 0.0 where it rises to 1" in text and text.startswith("Not")
+    assert "5.0 ± 0.0 if it rises to 1" in text and text.startswith("Not")
     fallen = [row | {"knn_top1": 20 + row["seed"]} if row["m"] == teacher.ZERO else row
               for row in rows]
     means = shared.over_seeds(fallen, ["m", "epoch", "network"], ["knn_top1"])

@@ -114,9 +114,9 @@ def test_soft_cross_entropy_equation():
 def test_rebalance_equation():
     """Zhang et al. 2016, equation 4: w ~ ((1 - lambda) p + lambda / Q)^-1, sum_q p_q w_q = 1."""
 
-    def variant(p, mistake=None):
+    def variant(p, mistake=None, mix=0.5):
         Q = len(p)
-        w = 1 / (0.5 * p + (0.5 if mistake == "1 for 1 / Q" else 0.5 / Q))
+        w = 1 / ((1 - mix) * p + (mix if mistake == "1 for 1 / Q" else mix / Q))
         w = 1 / p if mistake == "not mixed" else 1 / w if mistake == "not inverted" else w
         return w[1] / (w.mean() if mistake == "mean of 1 over bins" else (p * w).sum())
 
@@ -126,6 +126,8 @@ def test_rebalance_equation():
     fails(variant, ("not mixed", "not inverted", "mean of 1 over bins", "1 for 1 / Q"),
           raw[1] / mean, p)
     assert close(pretext.rebalance(p), [r / mean for r in raw])
+    assert close(pretext.rebalance(p, 0.2)[1], variant(p, mix=0.2))
+    assert not close(variant(p, mix=0.2), variant(p, mix=0.8))
     assert close(pretext.rebalance(torch.full((9,), 1 / 9)), torch.ones(9), 1e-6)
     empty = pretext.rebalance(torch.tensor([1.0, 0.0]))  # a bin without a pixel
     assert empty.isfinite().all() and empty[1] > empty[0]
