@@ -76,7 +76,7 @@ def m_start(args, n):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# common.py adds --dataset, --seed, --amp, --resume and so on.
+# Functions are called with (args, number of images). common.py adds --dataset, --seed and so on.
 OPTIONS = {  # fmt: skip
     # option               built-in    to 64 px    larger      allowed     meaning
     "arch":               ("convnet",  "resnet18", "resnet50", NETS,          "encoder f"),
@@ -99,7 +99,7 @@ OPTIONS = {  # fmt: skip
     "m":                  (0.9,        m_start,    m_start,    SHARE,      "rises to 1; 0 stays 0"),
 }
 # Without a GPU, images up to 64 pixels use the first column, except for:
-CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(8e5), "batch_size": 128}
+CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.passes(8e5), "batch_size": 128}
 
 # ==================================================================================================
 # Augmentation
@@ -224,7 +224,8 @@ def byol_loss(p, z, stop_gradient=True):
 
 @torch.no_grad()
 def ema_update(net_ema, net, m):
-    """xi <- m xi + (1 - m) theta (paper, equation 1), for the parameters alone.
+    """xi <- m xi + (1 - m) theta (paper, equation 1), for the parameters alone:
+    batch norm in the target keeps statistics of its own.
 
     m: a float or a 0-dim tensor. Test: test_ema_update.
     """
@@ -375,13 +376,13 @@ def regression_path(x, y, x_test, y_test, penalties):
     """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
     x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
-    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
-    in all directions, which more than halves the number of steps.
+    from the one before. L-BFGS solves for v, where w = v P: P, from the Cholesky factor of the
+    Hessian at w = 0, is a preconditioner, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian = x.T @ x / len(x)  # about ten times the loss's, for ten classes
     hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

@@ -204,7 +204,7 @@ def show_value(value):
     return str(value)
 
 
-def hour(images):
+def passes(images):
     """Default of --epochs: enough to process `images` images of 32 pixels in all, at most 200."""
     return lambda args, n: min(200, math.ceil(images / n * (32 / args.image_size) ** 2))
 

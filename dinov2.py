@@ -137,7 +137,7 @@ def constant(args, n):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones.
-# common.py adds --dataset, --seed, --amp, --resume and so on.
+# Functions are called with (args, number of images). common.py adds --dataset, --seed and so on.
 OPTIONS = {  # fmt: skip
     # option                   built-in    to 64 px    larger      allowed   meaning
     "arch":                   ("vit_conv", "vit_tiny", "vit_small", one_of(VITS), "backbone"),
@@ -180,11 +180,11 @@ OPTIONS = {  # fmt: skip
     "freeze_last_layer":      (1,          1,          1,          FROM_0,   "epochs at the start"),
     "m":                      (m_to_994,   m_to_994,   m_to_992,   SHARE,    "EMA, at the start"),
     "m_end":                  (constant,   1.0,        1.0,        SHARE,    "EMA, at the end"),
-    "branch":                 ("teacher",  "teacher",  "teacher",  "teacher|student", "to load"),
+    "branch":                 ("teacher",  "teacher",  "teacher",  "teacher|student", "of --init"),
 }
 # Without a GPU, images up to 64 pixels use the first column, except for:
-CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 4,
-       "koleo": 0.02, "epochs": common.hour(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2}
+CPU = {"out_dim": 1024, "tau_t": 0.04, "local_size": local_side, "local_crops": 4, "koleo": 0.02,
+       "epochs": common.passes(6e5), "batch_size": 128, "lr": 3e-3, "warmup": 0.2}
 
 # ==================================================================================================
 # Augmentation
@@ -321,7 +321,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for the 
 
 
 class WeightNorm(nn.Module):
-    """A linear layer without bias whose rows have length weight_g: (N, D) -> (N, K)."""
+    """A linear layer without bias whose rows have length weight_g: (N, 256) -> (N, K)."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -498,7 +498,8 @@ def mean_entropy(q):
 
 @torch.no_grad()
 def ema_update(net_ema, net, m):
-    """theta_t <- m theta_t + (1 - m) theta_s (paper, Section 4), for the parameters alone.
+    """theta_t <- m theta_t + (1 - m) theta_s (paper, Section 4), for the parameters alone:
+    batch norm in the teacher keeps statistics of its own.
 
     m: a float or a 0-dim tensor. Test: test_ema_update.
     """
@@ -699,13 +700,13 @@ def regression_path(x, y, x_test, y_test, penalties):
     """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
     x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
-    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
-    in all directions, which more than halves the number of steps.
+    from the one before. L-BFGS solves for v, where w = v P: P, from the Cholesky factor of the
+    Hessian at w = 0, is a preconditioner, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian = x.T @ x / len(x)  # about ten times the loss's, for ten classes
     hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

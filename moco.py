@@ -81,7 +81,8 @@ def momentum_k(args, n):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones
-# (the papers' ImageNet setting). common.py adds --dataset, --seed, --amp, --resume and so on.
+# (the papers' ImageNet setting). Functions are called with (args, number of images). common.py adds
+# --dataset, --seed, --amp, --resume and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed        meaning
     "v1":           (False,      False,      False,      FLAG,          "as in the first paper"),
@@ -104,7 +105,7 @@ OPTIONS = {  # fmt: skip
     "m":            (momentum_k, momentum_k, momentum_k, SHARE,         "momentum (0 fails)"),
 }
 # Without a GPU, images up to 64 pixels use the first column, except for:
-CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.hour(1.5e6),
+CPU = {"arch": "convnet_wide", "min_scale": 0.2, "epochs": common.passes(1.5e6),
        "queue": lambda args, n: min(1024, keys(args, n))}
 
 # ==================================================================================================
@@ -271,7 +272,7 @@ def info_nce(q, k, queue, tau):
 @torch.no_grad()
 def ema_update(net_ema, net, m):
     """theta_k <- m theta_k + (1 - m) theta_q (v1, equation 2; slide "Momentum Contrast (MoCo)"),
-    for the parameters alone.
+    for the parameters alone: batch norm in f_k keeps statistics of its own.
 
     m: a float or a 0-dim tensor. Test: test_ema_update.
     """
@@ -450,13 +451,13 @@ def regression_path(x, y, x_test, y_test, penalties):
     """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
     x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
-    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
-    in all directions, which more than halves the number of steps.
+    from the one before. L-BFGS solves for v, where w = v P: P, from the Cholesky factor of the
+    Hessian at w = 0, is a preconditioner, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian = x.T @ x / len(x)  # about ten times the loss's, for ten classes
     hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)

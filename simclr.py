@@ -73,8 +73,8 @@ def rate(args, n):
 
 
 # Defaults for the built-in set (sized for a CPU), for images up to 64 pixels, and for larger ones
-# (the paper's ImageNet setting, except for N and, with it, the rate). common.py adds --dataset,
-# --seed, --amp and so on.
+# (the paper's ImageNet setting, except for N and, with it, the rate). Functions are called with
+# (args, number of images). common.py adds --dataset, --seed, --amp and so on.
 OPTIONS = {  # fmt: skip
     # option         built-in    to 64 px    larger      allowed            meaning
     "arch":         ("convnet",  "resnet18", "resnet50", NETS,              "encoder f"),
@@ -96,8 +96,8 @@ OPTIONS = {  # fmt: skip
     "warmup":       (0.1,        0.1,        0.1,        SHARE,             "share of the steps"),
 }
 # Without a GPU, images up to 64 pixels use the first column, except for:
-CPU = {"arch": "convnet_wide", "temperature": 0.1, "min_scale": 0.2, "epochs": common.hour(1.2e6),
-       "batch_size": 256, "lr": 0.4}
+CPU = {"arch": "convnet_wide", "temperature": 0.1, "min_scale": 0.2,
+       "epochs": common.passes(1.2e6), "batch_size": 256, "lr": 0.4}
 
 # ==================================================================================================
 # Augmentation
@@ -328,13 +328,13 @@ def regression_path(x, y, x_test, y_test, penalties):
     """Fit x, y by L-BFGS and yield top-1 on x_test, y_test, for each penalty from strong to weak.
 
     x is standardised. Penalties are given for ten classes and rescaled for others. Each fit starts
-    from the one before. L-BFGS solves for v, where w = v P: P makes the loss about equally curved
-    in all directions, which more than halves the number of steps.
+    from the one before. L-BFGS solves for v, where w = v P: P, from the Cholesky factor of the
+    Hessian at w = 0, is a preconditioner, which more than halves the number of steps.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     x, x_test = (x - mean).div_(std), (x_test - mean).div_(std)
-    hessian = x.T @ x / len(x)  # ten times the loss's, for ten classes
+    hessian = x.T @ x / len(x)  # about ten times the loss's, for ten classes
     hessian.diagonal().add_(0.3)  # and ten times a penalty of 0.03
     P = torch.linalg.inv(torch.linalg.cholesky(hessian))
     v = x.new_zeros(int(y.max()) + 1, len(P), requires_grad=True)
