@@ -318,6 +318,7 @@ class Run:
         if hasattr(sys.stdout, "reconfigure"):  # a path may have what the terminal cannot print
             sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         self.world = torchrun("WORLD_SIZE", "1")
+        args.processes = self.world
         try:
             self._choose_device(args.device, args.amp)
             negate = torch.compile(torch.neg) if args.compile else torch.neg
@@ -607,10 +608,10 @@ class Run:
         saved = read_checkpoint(self.folder / "last.pt")
         if not {"method", "args", "state", "progress"} <= saved.keys():
             fail(f"--resume: last.pt in {self.folder} is not that of a run")
-        if saved["method"] != self.args.method:
-            fail(f"--resume: the run in {self.folder} is of {saved['method']}")
-        for name, value in self._shape().items():
-            if saved["args"].get(name) != value:
+        free = ("resume out init random_head device dataset data_dir labelled workers "
+                "memory_limit compile eval_every knn_k knn_tau embed").split()
+        for name, value in vars(self.args).items():
+            if name not in free and saved["args"].get(name) != value:
                 fail(f"--resume: the run had {name} {saved['args'].get(name)}, not {value}")
         for name, value in saved["state"].items():
             if isinstance(value, torch.Tensor):
@@ -621,13 +622,6 @@ class Run:
             saved["progress"][k] for k in ("step", "seconds", "rows", "sums"))
         self.sums = torch.tensor(sums, device=self.device)
         self.begun -= saved["progress"].get("total", 0.0)  # seconds until the run was stopped
-
-    def _shape(self):
-        """The options that shape a run, and so have to be the same when it is resumed."""
-        free = ("resume out init random_head device dataset data_dir labelled workers "
-                "memory_limit compile eval_every knn_k knn_tau embed").split()
-        options = {k: v for k, v in vars(self.args).items() if k not in free}
-        return options | {"processes": self.world}
 
     def save(self, state):
         """Write metrics.jsonl, and last.pt at most once a minute and at the end; after a signal
@@ -644,8 +638,8 @@ class Run:
             progress = {"step": self.step, "seconds": self.seconds, "rows": self.rows,
                         "sums": self.sums.tolist(), "total": time.perf_counter() - self.begun}
             held = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
-            saved = {"method": self.args.method, "state": held, "progress": progress,
-                     "args": vars(self.args) | {"processes": self.world}}
+            saved = {"method": self.args.method, "args": vars(self.args), "state": held,
+                     "progress": progress}
             write(self.folder / "last.pt", lambda part: torch.save(saved, part))
             self.saved = time.perf_counter()
 
