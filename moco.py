@@ -330,11 +330,6 @@ def lr_by(schedule, step, steps, peak):
     return peak * 0.1 if step < 0.8 * steps else peak * 0.01
 
 
-def use_v1(args):
-    """--v1: options of V1 that are not given get the first paper's values."""
-    for name, value in V1.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
 
 
 # In the released checkpoints the head is called fc: one layer in v1, fc.0 and fc.2 in v2.
@@ -367,7 +362,7 @@ def check(args, per_epoch, world):
 def train(args, run):
     """-> the trained f_q and the data."""
     if args.v1:
-        use_v1(args)
+        common.complete(args, OPTIONS, V1, n=0)  # those that are not given
     data = common.load_data(args, OPTIONS, run, CPU)
     N, K, steps = args.batch_size, args.queue, args.epochs * data.per_epoch
     peak = args.lr * N / 256

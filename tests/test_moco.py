@@ -322,7 +322,7 @@ def test_queue_and_momentum_shrink_with_the_data():
 def test_v1_sets_what_is_not_given(tmp_path):
     def found(*argv):
         args = tools.options(moco, argv)
-        moco.use_v1(args)
+        common.complete(args, moco.OPTIONS, moco.V1, n=0)
         return [args.head, args.aug, args.schedule, args.temperature]
 
     v1, v2 = ["linear", "v1", "step", 0.07], ["mlp", "v2", "cosine", 0.2]
