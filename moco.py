@@ -183,35 +183,23 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, x):
+        """Normalise each part, N / parts consecutive images, by its own mean and variance, then
+        scale and shift by weight and bias. x: (N, C, H, W) -> the same. The running statistics
+        become the average of what they would be after each part. Parts are extra channels, for
+        one call: compiled, it is much faster on a GPU than a call for each.
+        """
         if not self.training:
             return super().forward(x)
         self.num_batches_tracked.add_(1)
-        mean = self.running_mean.repeat(self.splits, 1)  # (parts, C)
-        var = self.running_var.repeat(self.splits, 1)
-        norm = self.one_by_one if x.device.type == "cpu" else self.folded
-        x = norm(x, mean, var)
-        self.running_mean.copy_(mean.mean(0))
-        self.running_var.copy_(var.mean(0))
-        return x
-
-    @torch.compiler.disable  # it would take minutes to compile all parts of all layers
-    def one_by_one(self, x, mean, var):
-        """Normalise each part, N / parts consecutive images, by its own mean and variance, then
-        scale and shift by weight and bias. x: (N, C, H, W) -> the same; mean, var: (parts, C)
-        running statistics, one row for each part, updated in place. Faster than `folded` on a CPU.
-        """
-        return torch.cat([
-            F.batch_norm(*part, self.weight, self.bias, True, self.momentum, self.eps)
-            for part in zip(x.chunk(self.splits), mean, var)])
-
-    def folded(self, x, mean, var):
-        """The same in one call, with parts as extra channels: faster on a GPU once compiled."""
-        x = x.unflatten(0, (self.splits, -1)).permute(1, 3, 4, 0, 2)  # (n, H, W, parts, C)
-        x = x.flatten(3).permute(0, 3, 1, 2)  # (n, parts C, H, W)
+        mean = self.running_mean.repeat(self.splits)  # (parts C,)
+        var = self.running_var.repeat(self.splits)
         weight = self.weight.repeat(self.splits)
         bias = self.bias.repeat(self.splits)
-        x = F.batch_norm(
-            x, mean.flatten(), var.flatten(), weight, bias, True, self.momentum, self.eps)
+        x = x.unflatten(0, (self.splits, -1)).permute(1, 3, 4, 0, 2)  # (n, H, W, parts, C)
+        x = x.flatten(3).permute(0, 3, 1, 2)  # (n, parts C, H, W)
+        x = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
+        self.running_mean.copy_(mean.view(self.splits, -1).mean(0))
+        self.running_var.copy_(var.view(self.splits, -1).mean(0))
         x = x.permute(0, 2, 3, 1).unflatten(3, (self.splits, -1))  # (n, H, W, parts, C)
         x = x.permute(3, 0, 1, 2, 4).flatten(0, 1)  # (N, H, W, C)
         return x.permute(0, 3, 1, 2)

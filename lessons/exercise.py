@@ -48,7 +48,7 @@ COURSE = """simclr lr_at, byol m_at, dino cosine, dino tau_at, weak keep_rate, b
     dinov2 distillation, dinov2 class_loss, dinov2 masked_loss, dinov2 mean_entropy, dinov2 koleo,
     dinov2 sinkhorn_knopp, dinov2 targets, weak noise_aware_loss, weak fixmatch_loss,
     weak transition, weak small_loss, weak coteaching_losses, weak bag_loss, weak attention_pool,
-    weak posterior, weak triplets, simclr LARS.step, moco SplitBatchNorm2d.one_by_one"""
+    weak posterior, weak triplets, simclr LARS.step, moco SplitBatchNorm2d.forward"""
 COURSE = [tuple(exercise.split()) for exercise in COURSE.split(",")]
 NAMES = {f"{i:02}_{m}_{f.replace('.', '_')}": (m, f) for i, (m, f) in enumerate(COURSE, 1)}
 HEADER = "# Exercise: write {} of {}.py, then python -m pytest exercises -k {}\n"
@@ -113,7 +113,7 @@ def run_split_norm(module):
     return [*map(torch.Tensor.detach, out), norm.running_mean, norm.running_var]
 
 
-OBJECTS = {"LARS.step": run_lars, "SplitBatchNorm2d.one_by_one": run_split_norm}
+OBJECTS = {"LARS.step": run_lars, "SplitBatchNorm2d.forward": run_split_norm}
 
 
 def times(*rest):

@@ -251,13 +251,11 @@ def test_encode_shuffled_over_processes():
         assert close(found[1, n], half.std((0, 2, 3), correction=0), 1e-4)  # up to eps
 
 
-@pytest.mark.parametrize("way", ["one_by_one", "folded"])  # of CPUs and of GPUs
-def test_split_batch_norm(way):
+def test_split_batch_norm():
     x, start, r = 2 * draw(8, 3, 4, 4) + 1, draw(3, seed=1), draw(8, 3, 4, 4, seed=2)
     x = x.contiguous(memory_format=torch.channels_last)
     for splits in (1, 2, 4, 8):
         norm, plain = moco.SplitBatchNorm2d(3, splits).double(), nn.BatchNorm2d(3).double()
-        norm.one_by_one = getattr(norm, way)
         for i, t in enumerate((norm.weight, norm.bias, norm.running_mean)):
             t.data.copy_(draw(3, seed=i + 5))
         norm.running_mean.copy_(start)
