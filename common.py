@@ -874,20 +874,17 @@ def shortened(names):
 # ==================================================================================================
 
 
-def thinned(index, most):
-    """At most `most` entries of index, evenly spaced, as it may be sorted by class."""
-    n = min(most, len(index))
-    return index[torch.arange(n) * len(index) // n]
-
-
 @torch.no_grad()
 def embed(f, part, crops, run, limit=math.inf):
-    """Call f(views), a tuple of (B, ...), on images of part = (images, index): all, or `limit`.
+    """Call f(views), a tuple of (B, ...), on images of part = (images, index): all, or `limit`,
+    evenly spaced, as index may be sorted by class.
 
     -> its outputs (n, ...) in float32, then the labels (n,), in the order of index. Each process
     takes every world-th image and gets the outputs of all.
     """
-    images, index = part[0], thinned(part[1], limit)
+    images, index = part
+    n = min(limit, len(index))
+    index = index[torch.arange(n) * len(index) // n]
     n = math.ceil(len(index) / run.world)  # for every process
     mine = index[torch.arange(run.rank, n * run.world, run.world) % len(index)]
     rows = []
@@ -1529,12 +1526,10 @@ class Data:
         images = self.load("test")  # when first asked for
         return images, torch.arange(len(images.labels))
 
-    def splits(self, test, most=math.inf):
-        """(images, index) of fit and val, or of fit, val and test: at most `most` images of each,
-        evenly spaced."""
+    def splits(self, test):
+        """(images, index) of fit and val, or of fit, val and test."""
         names = ["fit", "val", "test"] if test else ["fit", "val"]
-        parts = [getattr(self.probed, name) for name in names]
-        return [(images, thinned(index, most)) for images, index in parts]
+        return [getattr(self.probed, name) for name in names]
 
     def load(self, split):
         """The Images of a split: as pixels on the device, or as files if pixels would take more

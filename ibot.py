@@ -631,9 +631,10 @@ def regression_path(x, y, x_test, y_test, penalties):
         yield 100 * correct.float().mean().item()
 
 
-def accuracies(f, names, crop, splits, run):
-    """Linear and k-NN top-1 of each output of f, by name; splits: fit, val and perhaps test."""
-    parts = [common.embed(f, part, crop, run) for part in splits]
+def accuracies(f, names, crop, splits, run, limit=math.inf):
+    """Linear and k-NN top-1 of each output of f, by name; splits: fit, val and perhaps test, of
+    each of which at most `limit` images are used."""
+    parts = [common.embed(f, part, crop, run, limit) for part in splits]
     results = {}
     for i, name in enumerate(names):
         labelled = [(part[i], part[-1]) for part in parts]
@@ -679,12 +680,12 @@ def evaluate(net, data, args, run, test=False):
     results["verdict"] = teacher_verdict(results["verdict"], run, args.out_dim)
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
-        splits, few = data.splits(test), data.splits(test, most=10_000)
+        splits = data.splits(test)
         results |= accuracies(lambda x: net(*x)[:2], ["", "head_"], view, splits, run)
     if data.labelled and test:
         floor = build(args).to(run.device).eval()
         results |= accuracies(lambda x: floor(*x)[:1], ["untrained_"], view, splits, run)
-        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, few, run)
+        results |= accuracies(lambda x: [x[0].flatten(1)], ["pixels_"], small, splits, run, 10_000)
     if test:
         common.export(lambda x: net(*x)[:1], data, view, run)  # with --embed
     net.train()
