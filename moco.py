@@ -133,9 +133,9 @@ def augment(views, args):
         else:
             x = common.color_jitter(x, 0.4, 0.4, 0.4, 0.1, p=0.8)
             x = common.grey(x, p=0.2)
-        if args.aug == "v2" and args.blur:
-            taps = args.image_size // 20 * 2 + 1  # odd, a tenth of the image
-            x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=args.blur)
+            if args.blur:
+                taps = args.image_size // 20 * 2 + 1  # odd, a tenth of the image
+                x = common.blur(x, sigma=(0.1, 2.0), taps=taps, p=args.blur)
         augmented.append(common.flip(x, p=0.5))
     return augmented
 
@@ -248,7 +248,7 @@ def info_nce(q, k, queue, tau):
     l_pos = (q * k.detach()).sum(1, keepdim=True)  # (N, 1)
     l_neg = q @ queue  # (N, K)
     logits = torch.cat([l_pos, l_neg], dim=1) / tau  # (N, 1 + K)
-    labels = torch.zeros(len(q), dtype=torch.long, device=q.device)  # positives are the 0-th
+    labels = q.new_zeros(len(q), dtype=torch.long)  # positives are the 0-th
     return F.cross_entropy(logits, labels)
 
 
@@ -494,8 +494,9 @@ def evaluate(net, data, args, run, test=False):
 
     results = common.health(*common.embed(two_views, data.val, crops(args), run, limit=1024),
                             name="q")
-    if run.rows and run.rows[-1]["random_keys"] > 0:
-        filling = f"queue still filling ({run.rows[-1]['random_keys']:.0%} random keys)"
+    share = run.rates.get("random_keys", 0)  # in the last step
+    if share > 0:
+        filling = f"queue still filling ({share:.0%} random keys)"
         results["verdict"] = f"{filling}, {results['verdict']}"
     view, small = central(args.image_size), central(min(args.image_size, 32))
     if data.labelled:
