@@ -221,28 +221,26 @@ def augment(views, args):
     return augmented
 
 
-def block_mask(height, width, ratio, generator, least=None, own=...):
+def block_mask(height, width, ratio, generator, least=None):
     """Hide rectangles that cover at most a share `ratio` of the patches -> (height, width) bool.
 
     The area of each is uniform between `least` and the number that may still be hidden, its aspect
     log-uniform. Hiding ends when ten in a row do not fit (released code, after BEiT's Algorithm 1,
     whose aspect is uniform). least: 4 in the released code and in stratified_masks; by default, as
     in iBOT, a third of the shorter side, squared. ratio: a number, or a tensor (...) with one for
-    each mask -> (..., height, width); own: index of the masks to make. Test: test_block_mask.
+    each mask -> (..., height, width). Test: test_block_mask.
     """
     third = min(height, width) // 3
     least = least or third**2
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
-    made = ratio[own]
-    left = made.reshape(-1, 1, 1) * height * width  # patches that may still be hidden
+    left = ratio.reshape(-1, 1, 1) * height * width  # patches that may still be hidden
     failed = torch.zeros_like(left)  # failed attempts in a row
     mask = torch.zeros(len(left), height, width, dtype=torch.bool)
     rows = torch.arange(height).unsqueeze(1)
     columns = torch.arange(width)
     while len(i := torch.where((left >= 1) & (failed < 10))[0]):  # masks not yet complete
-        numbers = torch.rand(*ratio.shape, 4, generator=generator)
-        numbers = numbers[own].double().reshape(-1, 4, 1, 1)
-        a, b, c, d = numbers[i].unbind(1)  # (n, 1, 1) each
+        numbers = torch.rand(len(mask), 4, 1, 1, generator=generator)
+        a, b, c, d = numbers[i].double().unbind(1)  # (n, 1, 1) each
         area = least + (left[i] - least) * a
         aspect = 0.3 ** (1 - 2 * b)  # from 0.3 to 1 / 0.3
         h = (area * aspect).sqrt().round()
@@ -262,16 +260,15 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
         left[i] -= fits * new
         failed[i] += 1
         failed[i] *= ~fits
-    return mask.view(*made.shape, height, width)
+    return mask.view(*ratio.shape, height, width)
 
 
-def random_mask(height, width, ratio, generator, own=...):
+def random_mask(height, width, ratio, generator):
     """Hide the same share of patches at random, not in blocks ("rand" in iBOT's released code)."""
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     patches = height * width
-    numbers = torch.rand(*ratio.shape, patches, generator=generator)
-    order = numbers[own].argsort()
-    hidden = (patches * ratio[own]).floor()
+    order = torch.rand(*ratio.shape, patches, generator=generator).argsort()
+    hidden = (patches * ratio).floor()
     mask = order < hidden.unsqueeze(-1)
     return mask.unflatten(-1, (height, width))
 
@@ -293,16 +290,12 @@ def stratified_masks(step, side, args, run):
     parts = torch.arange(masked) + torch.rand(masked, generator=generator)
     ratios = low + (high - low) * parts / max(masked, 1)
     ratios = F.pad(ratios, (0, 2 * N - masked))[torch.randperm(2 * N, generator=generator)]
-
     ratios = ratios.view(2, N)
-    n = N // run.world
-    first = n * run.rank
-    own = slice(None), slice(first, first + n)
     if args.random_masks:
-        masks = random_mask(side, side, ratios, generator, own)
+        masks = random_mask(side, side, ratios, generator)
     else:
-        masks = block_mask(side, side, ratios, generator, least=4, own=own)
-    masks = masks.flatten(0, 1)
+        masks = block_mask(side, side, ratios, generator, least=4)
+    masks = masks.chunk(run.world, 1)[run.rank].flatten(0, 1)
     hidden = masks.flatten().nonzero().squeeze(1)
     counts = masks.sum((1, 2))
     weights = (1 / counts / len(masks)).repeat_interleave(counts)

@@ -178,28 +178,25 @@ def augment(views, args):
     return augmented
 
 
-def block_mask(height, width, ratio, generator, least=None, own=...):
+def block_mask(height, width, ratio, generator, least=None):
     """Hide rectangles that cover at most a share `ratio` of the patches -> (height, width) bool.
 
     The area of each is uniform between `least` and the number that may still be hidden, its aspect
     log-uniform. Hiding ends when ten in a row do not fit (released code, after BEiT's Algorithm 1,
     whose aspect is uniform). least: a third of the shorter side, squared. ratio: a number, or a
-    tensor (...) with one for each mask -> (..., height, width); own: index of the masks to make.
-    Test: test_block_mask.
+    tensor (...) with one for each mask -> (..., height, width). Test: test_block_mask.
     """
     third = min(height, width) // 3
     least = least or third**2
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
-    made = ratio[own]
-    left = made.reshape(-1, 1, 1) * height * width  # patches that may still be hidden
+    left = ratio.reshape(-1, 1, 1) * height * width  # patches that may still be hidden
     failed = torch.zeros_like(left)  # failed attempts in a row
     mask = torch.zeros(len(left), height, width, dtype=torch.bool)
     rows = torch.arange(height).unsqueeze(1)
     columns = torch.arange(width)
     while len(i := torch.where((left >= 1) & (failed < 10))[0]):  # masks not yet complete
-        numbers = torch.rand(*ratio.shape, 4, generator=generator)
-        numbers = numbers[own].double().reshape(-1, 4, 1, 1)
-        a, b, c, d = numbers[i].unbind(1)  # (n, 1, 1) each
+        numbers = torch.rand(len(mask), 4, 1, 1, generator=generator)
+        a, b, c, d = numbers[i].double().unbind(1)  # (n, 1, 1) each
         area = least + (left[i] - least) * a
         aspect = 0.3 ** (1 - 2 * b)  # from 0.3 to 1 / 0.3
         h = (area * aspect).sqrt().round()
@@ -219,16 +216,15 @@ def block_mask(height, width, ratio, generator, least=None, own=...):
         left[i] -= fits * new
         failed[i] += 1
         failed[i] *= ~fits
-    return mask.view(*made.shape, height, width)
+    return mask.view(*ratio.shape, height, width)
 
 
-def random_mask(height, width, ratio, generator, own=...):
+def random_mask(height, width, ratio, generator):
     """Hide the same share of the patches at random, not in blocks ("rand" in the released code)."""
     ratio = torch.as_tensor(ratio, dtype=torch.float64)
     patches = height * width
-    numbers = torch.rand(*ratio.shape, patches, generator=generator)
-    order = numbers[own].argsort()
-    hidden = (patches * ratio[own]).floor()
+    order = torch.rand(*ratio.shape, patches, generator=generator).argsort()
+    hidden = (patches * ratio).floor()
     mask = order < hidden.unsqueeze(-1)
     return mask.unflatten(-1, (height, width))
 
@@ -245,13 +241,10 @@ def draw_masks(step, args, run):
     low, high = args.mask_ratio
     ratio = low + (high - low) * ratio
     ratio[chance >= args.mask_crops] = 0.0
-    n = args.batch_size // run.world
-    first = n * run.rank
-    own = slice(None), slice(first, first + n)
     make = random_mask if args.random_masks else block_mask
     side = args.image_size // args.patch_size
-    masks = make(side, side, ratio, generator, own=own)
-    return masks.flatten(0, 1)  # (2, n, side, side)
+    masks = make(side, side, ratio, generator)  # (2, N, side, side)
+    return masks.chunk(run.world, 1)[run.rank].flatten(0, 1)
 
 
 # ==================================================================================================

@@ -299,7 +299,7 @@ MISTAKES = [
             "Released codebases differ here, and a reader could not tell which follows the paper.",
             "facebookresearch/dinov3#302"),
     Mistake("your processes all hide the same patches", "ibot.py", "draw_masks",
-            "first = n * run.rank", "first = 0",
+            "[run.rank]", "[0]",
             IBOT + "test_draw_masks",
             "With two processes, an image gets a different mask than with one.", ""),
     Mistake("your loss is on the visible patches", "ibot.py", "patch_loss",
