@@ -60,6 +60,7 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 
 import common
 from common import FLAG, FROM_0, FROM_1, FROM_2, PIXELS, POSITIVE, SHARE, SWITCH, number, one_of
@@ -719,27 +720,20 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: (N, 1 + T, D) -> same. In training each residual branch is
-    dropped with probability drop_path."""
+    dropped with probability drop_path (stochastic depth, Huang et al. 2016)."""
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
-        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.drop = torchvision.ops.StochasticDepth(drop_path, "row")  # of whole images
 
     def forward(self, x):
         x = x + self.drop(self.attn(self.norm1(x)))
         return x + self.drop(self.mlp(self.norm2(x)))
-
-    def drop(self, x):
-        """Stochastic depth (Huang et al. 2016): 0 for some images, the rest scaled up."""
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * keep / (1 - self.drop_path)
 
 
 def resample(pos_embed, height, width):

@@ -470,9 +470,9 @@ def test_start_with_sines():
 def test_drop_path():
     """Linear over the depth, whole images, 0 in evaluation, and on average nothing changes."""
     net = dino.ViT(24, 5, 3, 8, 16, drop_path=0.4)
-    assert [b.drop_path for b in net.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    assert [b.drop_path for b in dino.vit_tiny(16, 32).blocks] == [0] * 12
-    assert dino.ViT(24, 1, 3, 8, 16, drop_path=0.4).blocks[0].drop_path == 0
+    assert [b.drop.p for b in net.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert [b.drop.p for b in dino.vit_tiny(16, 32).blocks] == [0] * 12
+    assert dino.ViT(24, 1, 3, 8, 16, drop_path=0.4).blocks[0].drop.p == 0
     torch.manual_seed(0)
     x, n = torch.ones(20000, 2, 3), 20000
     for block, p in zip(net.blocks, (0, 0.1, 0.2, 0.3, 0.4)):
@@ -486,8 +486,8 @@ def test_drop_path():
     x = draw(8, 3, 16, 16, dtype=torch.float32)
     assert not close(net(x), net(x), 1e-4) and torch.equal(net.eval()(x), net(x))
     args = completed(dino, ["--drop-path", "0.3", "--seed", "3"])
-    assert dino.build(args, args.drop_path).backbone.blocks[-1].drop_path == 0.3
-    assert dino.build(args).backbone.blocks[-1].drop_path == 0  # the teacher's
+    assert dino.build(args, args.drop_path).backbone.blocks[-1].drop.p == 0.3
+    assert dino.build(args).backbone.blocks[-1].drop.p == 0  # the teacher's
     assert same(dino.build(args, 0.3).state_dict(), dino.build(args).state_dict())
     assert not same(dino.build(args).state_dict(), dino.build(completed(dino)).state_dict())
     wide = dino.build(completed(dino, ["--arch", "vit_small", "--image-size", "16"])).backbone
@@ -732,7 +732,7 @@ def test_the_last_layer_thaws(tmp_path):
 def test_the_teacher_drops_no_paths(tmp_path):
     argv = [*SHORT, *"--limit 16 --drop-path 0.5 --local-crops 0 --out".split(), tmp_path / "run"]
     _, _, run = train(dino, argv, Watched)
-    rates = [[b.drop_path for b in run.state[name].backbone.blocks] for name in ("net", "net_ema")]
+    rates = [[b.drop.p for b in run.state[name].backbone.blocks] for name in ("net", "net_ema")]
     assert max(rates[0]) == 0.5 and not any(rates[1])
 
 

@@ -384,7 +384,7 @@ def test_the_printed_lines_rebuild_the_backbone():
     x = draw(2, 3, 24, 24)
     assert close(net(x), twin.forward_features(x), 1e-8) and net(x).std() > 0.5
     assert net(draw(2, 3, 16, 32)).shape == (2, 9, 128)
-    assert [b.drop_path for b in net.blocks] == pytest.approx([0, 0.2, 0.4])
+    assert [b.drop.p for b in net.blocks] == pytest.approx([0, 0.2, 0.4])
     with torch.device("meta"):
         ours = ibot.ViT(*ibot.VITS["vit_small"])
         other = timm.create_model("vit_small_patch16_224", num_classes=0)
