@@ -164,11 +164,11 @@ def augment(views, args):
     views: list of (N, 3, S, S) in [0, 1], two global ones, then the local ones -> the same.
     """
     x1, x2, *local = views
-    parts = [(x1, args.blur[0], 0.0), (x2, args.blur[1], args.solarize)]
+    parts = [x1, x2]
     if local:
-        parts.append((torch.cat(local), args.blur[2], 0.0))
+        parts.append(torch.cat(local))
     augmented = []
-    for x, blur, solarize in parts:
+    for x, blur, solarize in zip(parts, args.blur, (0.0, args.solarize, 0.0)):
         x = common.flip(x, p=0.5)
         x = common.color_jitter(x, 0.4, 0.4, 0.2, 0.1, p=0.8)
         x = common.grey(x, p=0.2)
