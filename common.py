@@ -610,9 +610,10 @@ class Run:
             fail(f"--resume: last.pt in {self.folder} is not that of a run")
         free = ("resume out init random_head device dataset data_dir labelled workers "
                 "memory_limit compile eval_every knn_k knn_tau embed").split()
-        for name, value in vars(self.args).items():
-            if name not in free and saved["args"].get(name) != value:
-                fail(f"--resume: the run had {name} {saved['args'].get(name)}, not {value}")
+        for name in ["method", *vars(self.args)]:
+            had, value = saved["args"].get(name), getattr(self.args, name)
+            if name not in free and had != value:
+                fail(f"--resume: the run had {name} {had}, not {value}")
         for name, value in saved["state"].items():
             if isinstance(value, torch.Tensor):
                 state[name].copy_(value)

@@ -155,7 +155,7 @@ def test_a_refused_resume_changes_nothing(tmp_path, capsys):
     simclr.main([*TINY, "--epochs", "1", "--out", f"{folder}"])
     (folder / "results.json").unlink()  # as if it had been stopped
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    for file, words in ((moco, "is of simclr"), (simclr, "the run had")):
+    for file, words in ((moco, "the run had method simclr, not moco"), (simclr, "the run had")):
         argv = [*TINY, "--epochs", "1", "--seed", "3", "--out", folder, "--resume"]
         assert words in refused(file, argv, capsys)
     assert before == {f.name: f.read_bytes() for f in folder.iterdir()}
