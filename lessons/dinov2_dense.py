@@ -164,7 +164,7 @@ def answer(ours, random, pixels, count):
     return shared.answer(holds, f"mean IoU of the classes {ours['miou']:.0f} %, by "
                          f"{most['features']} {most['miou']:.0f} %; error of the depth "
                          f"{ours['rmse']:.3f}, by {least['features']} {least['rmse']:.3f} "
-                         f"({count} run(s) of DINOv2).")
+                         f"({shared.runs(count)} of DINOv2).")
 
 
 def main(argv=None):

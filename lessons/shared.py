@@ -99,6 +99,10 @@ def answer(holds, text):
     return f"{word}: {text}"
 
 
+def runs(count):
+    return "1 run" if count == 1 else f"{count} runs"
+
+
 def cell(row, key):
     value, deviation = row[key], row.get(f"{key}_sd", 0)
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
