@@ -170,8 +170,9 @@ def main(argv=None):
     ours, *others = means
     best = max(others, key=lambda row: row["same_part"])
     text = (f"the 20 nearest patches vote for the right part for {ours['same_part']:.0f} % of the "
-            f"patches by tokens of {own.method}.py ({shared.runs(min(own.seeds, len(trained)))}), for "
-            f"{best['same_part']:.0f} % by {best['features']}, the best of the others.")
+            f"patches by tokens of {own.method}.py "
+            f"({shared.runs(min(own.seeds, len(trained)))}), for {best['same_part']:.0f} % by "
+            f"{best['features']}, the best of the others.")
     holds = shared.compare(ours, best, "same_part") > 0
     shared.figure(f"{own.out}/dinov2_features.png", (14, 6), draw, columns, means, claim=CLAIM,
                   answer=shared.answer(holds, text))

@@ -169,7 +169,8 @@ def answer(means, count):
         parts.append(f"{ours[key]:.0f} % are of the {key.replace('_', ' ')}, by {best['features']} "
                      f"{best[key]:.0f} %")
     other = f"; in another object of its class {parts[1]}" if parts[1:] else ""
-    return shared.answer(wins[0], f"of the matches {parts[0]}{other} ({shared.runs(count)} of iBOT).")
+    text = f"of the matches {parts[0]}{other} ({shared.runs(count)} of iBOT)."
+    return shared.answer(wins[0], text)
 
 
 def main(argv=None):
