@@ -40,6 +40,7 @@ from lessons import checkpoint, shared
 
 CLAIM = "A patch token finds its place in another view more often than pixels do"
 OURS, PAIRS = "iBOT", "random pairs"
+SHOWN = 4
 KEYS = ["features", "seed", "same_place", "same_part"]
 
 
@@ -113,7 +114,8 @@ def two_images(labels):
 
 
 def measure(net, x, labels, parts, seed, run):
-    """A row for each kind of features; and pairs to show, by title: images, matches, good ones."""
+    """A row for each kind of features; and pairs of images to show, by title, each with its matches
+    and whether pairs of patches are good."""
     step = net.backbone.patch_size
     common.reseed(seed)
     boxes, mirrored = draw_views(len(x), x.shape[-1])
@@ -136,24 +138,26 @@ def measure(net, x, labels, parts, seed, run):
         rows.append({"features": name, "same_place": share(place, in_views),
                      "same_part": share(part, in_images)})
         if name == OURS:
-            shown["two views"] = views[0][0], views[1][0], in_views[0], place[0]
-            shown["two things"] = x[a[0]], x[b[0]], in_images[0], part[0]
+            shown["two views"] = [*zip(*views, in_views, place)][:SHOWN]
+            shown["two objects"] = [*zip(x[a], x[b], in_images, part)][:: len(a) // SHOWN + 1]
     rows.append({"features": PAIRS, "same_place": share(place), "same_part": share(part)})
     return rows, shown
 
 
 def draw(whole, shown, means, side):
     """Matched patches, lime where they are right; means: a row for each kind of features."""
-    left, right = whole.subfigures(1, 2, width_ratios=[1.2, 1])
-    for ax, (title, (a, b, found, good)) in zip(left.subplots(2, 1), shown.items()):
-        ax.imshow(torch.cat([a, b], 2).movedim(0, -1), extent=(0, 2 * side, side, 0))
-        ax.set_title(title)
-        ax.axis("off")
-        good, found = good[found], torch.stack(found)  # (M,), (2, M)
-        y = found // side + 0.5
-        x = found % side + 0.5 + torch.tensor([[0], [side]])
-        for value, colour in ((0, "orange"), (1, "lime")):
-            ax.plot(x[:, good == value], y[:, good == value], "o-", c=colour)
+    left, right = whole.subfigures(1, 2, width_ratios=[1.3, 1])
+    for axes, (title, pairs) in zip(left.subplots(SHOWN, 2, squeeze=False).T, shown.items()):
+        axes[0].set_title(title)
+        for ax in axes:
+            ax.axis("off")
+        for ax, (a, b, found, good) in zip(axes, pairs):
+            ax.imshow(torch.cat([a, b], 2).movedim(0, -1), extent=(0, 2 * side, side, 0))
+            good, found = good[found], torch.stack(found)  # (M,), (2, M)
+            y = found // side + 0.5
+            x = found % side + 0.5 + torch.tensor([[0], [side]])
+            for value, colour in ((0, "orange"), (1, "lime")):
+                ax.plot(x[:, good == value], y[:, good == value], "o-", c=colour, ms=4)
     ax = right.subplots()
     shared.bars(ax, means, "features", {k: k.replace("_", " ") for k in KEYS[2:]})
     ax.set_title("matches that are right, %")
