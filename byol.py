@@ -1,6 +1,6 @@
 """BYOL: Bootstrap Your Own Latent, A New Approach to Self-Supervised Learning
-Grill, Strub, Altche, Tallec, Richemond et al., NeurIPS 2020, https://arxiv.org/abs/2006.07733,
-whose numbers of sections and appendices are used here.
+Grill, Strub, Altche, Tallec, Richemond et al., NeurIPS 2020, https://arxiv.org/abs/2006.07733
+(sections and appendices are cited as numbered there).
 Slides: "Contrastive Learning: Bootstrap Your Own Latent (BYOL)", "How does BYOL work?".
 
 From one view of an image, an online network predicts what a target network makes of another view.
@@ -27,7 +27,7 @@ Where this file departs from the paper and the released code:
   - m is smaller in short runs (m_start); in recipes for a CPU it is 0.9 and q has ten times the
     learning rate of the rest (Appendix I: if q learns faster, even m = 0 works).
   - A crop that does not fit is drawn again, as in torchvision (released code: cut off at the edge
-    of the image, so that crops are larger and some beyond 3/4 to 4/3).
+    of the image, so crops are larger, and in long images some aspects are beyond 3/4 to 4/3).
   - Brightness is scaled (released code: shifted), contrast is scaled around the mean grey (around
     each channel's mean), saturation is a blend with grey (a factor in HSV), and crops are resized
     bilinearly with antialiasing (bicubic) and blurred with reflected edges (zero padding).
@@ -39,8 +39,8 @@ Where this file departs from the paper and the released code:
   - Larger images follow the released code's preset for 100 epochs with a batch for one GPU, 256
     (there: 4096 with the same m, so that, counted in images, its target is 16 times as slow). Its
     presets for longer runs: 300 epochs, lr 0.3; 1000, lr 0.2, weight decay 1.5e-6, m 0.996.
-  - Images up to 64 pixels are trained by SGD without blur, as in lightly's CIFAR-10 benchmark
-    (which has no warm-up and no solarization, and m stays 0.99).
+  - Images up to 64 pixels are trained by SGD without blur, as in lightly's CIFAR-10 benchmark of
+    2022 (which has no warm-up and no solarization, and m stays 0.99).
   - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised features of central
     crops (paper: by SGD on random crops).
   - On a GPU the networks run in half precision (with --amp off in float32).

@@ -24,19 +24,19 @@ that is kept. In a ViT: P side of a patch, T patches per view, width D = d.
 
 Where this file departs from the paper and the released code:
   - tau_t is set every step (released code: every epoch). Warm-ups are shares of the run (released
-    code: 10 and 30 epochs: a tenth and 0.3 of 100), and the rate starts above 0 and ends at 0
-    (released code: 0 and 1e-6). m starts lower on short runs.
+    code: 10 epochs for the rate and, in the longer runs, 30 for tau_t), and the rate starts above 0
+    and ends at 0 (released code: 0 and 1e-6). m starts lower on short runs.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
     a tenth of the view wide (released code: Pillow's three box blurs, not cut off).
-  - Small images are not blurred. ViTs narrower than 384, also vit_tiny, have sinusoidal positions
-    and Xavier's rule for their blocks at the start (start_with_sines).
+  - Small images are not blurred. ViTs narrower than 384 (vit_tiny, too) start with sinusoidal
+    positions, and the linear layers of their blocks by Xavier's rule (start_with_sines).
   - The recipe for the built-in set is sized for a CPU: a small ViT that begins with convolutions
     (Xiao et al. 2021), batch norm in the head (an option of the released code), few classes K, a
     colder teacher, and, because short runs learn more that way, a faster centre, a constant m, and
     no local views (benchmarks/LOG.md).
   - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised class tokens of
-    central crops (paper, Appendix F.2, and released code: by SGD on random crops, and on those of a
-    ViT-S's last four blocks).
+    central crops (paper, Appendix F.2, and released code: by SGD, on random crops and on the class
+    tokens of a ViT-S's last four blocks).
   - The last column of OPTIONS follows the released command for a ViT-S and 100 epochs, with half
     its batch (its help then advises an m of 0.9995, here 0.996), except for tau_t, which is the
     paper's (there: 0.04 throughout), and norm_last_layer (there: true). The released command for

@@ -57,10 +57,10 @@ Where this file departs from the paper and the released code:
     made at --image-size.
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
     a tenth of the view wide (released code: 9 pixels).
-  - Small images are not blurred. ViTs narrower than 384, also vit_tiny, have sinusoidal positions
-    and Xavier's rule for their blocks at the start (start_with_sines). The linear probe is fitted
-    by L-BFGS, with an L2 penalty, on standardised class tokens of central crops (paper: by SGD, on
-    a grid of rates and layers).
+  - Small images are not blurred. ViTs narrower than 384 (vit_tiny, too) start with sinusoidal
+    positions, and the linear layers of their blocks by Xavier's rule (start_with_sines).
+  - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised class tokens of
+    central crops (paper: by SGD, on a grid of rates and layers).
   - All networks are trained from scratch, on your images (paper: ViT-S, B and L are distilled from
     a ViT-g, on 142 million curated ones). SwiGLU is the default for a ViT-g alone (paper: for all
     that are trained from scratch).

@@ -29,12 +29,13 @@ Where this file departs from the paper and the released code:
     released code: the student has two last layers). The length of the last layer's rows is trained,
     as in the released commands for ViT-S and Swin-T (default of the released code: fixed).
   - tau_t and tau_t', too, are set every step (released code: every epoch). Warm-ups are shares of
-    the run (released code: 10 and 30 epochs: a tenth and 0.3 of 100), and the rate starts above 0
-    and ends at 0 (released code: 0 and 1e-6). In short runs m starts lower (released code: 0.996).
+    the run (released code: 10 epochs for the rate, 30 for tau_t and tau_t'), and the rate starts
+    above 0 and ends at 0 (released code: 0 and 1e-6). In short runs m starts lower (released code:
+    0.996).
   - Crops are resized bilinearly, with antialiasing (released code: bicubic). The blur kernel is
     a tenth of the view wide (released code: Pillow's three box blurs, not cut off).
-  - Small images are not blurred. ViTs narrower than 384, also vit_tiny, have sinusoidal positions
-    and Xavier's rule for their blocks at the start (start_with_sines).
+  - Small images are not blurred. ViTs narrower than 384 (vit_tiny, too) start with sinusoidal
+    positions, and the linear layers of their blocks by Xavier's rule (start_with_sines).
   - The recipe for the built-in set is sized for a CPU: batch norm in the head, one in each of two
     layers, applied to class tokens and to patches separately, with statistics of both in evaluation
     (an option of the released code, which uses the same one in both layers, for both together), few
@@ -44,8 +45,8 @@ Where this file departs from the paper and the released code:
     (benchmarks/LOG.md). On this set half of what patch classes encode is position, so L_MIM far
     below chance does not prove learning.
   - The linear probe is fitted by L-BFGS, with an L2 penalty, on standardised class tokens of
-    central crops (released code: by SGD on random crops, and on those of a ViT-S's last four
-    blocks).
+    central crops (released code: by SGD, on random crops and on the class tokens of a ViT-S's last
+    four blocks).
   - Only the last of the three columns of OPTIONS follows the released code: its ViT-S, for 100
     epochs instead of 800, with a batch for one GPU (its help then advises an m of 0.9995, here
     0.996). Its global crops have 25 % of the area or more (paper, Appendix B: 32 %).

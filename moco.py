@@ -318,8 +318,6 @@ def lr_by(schedule, step, steps, peak):
     return peak * 0.1 if step < 0.8 * steps else peak * 0.01
 
 
-
-
 # In the released checkpoints the head is called fc: one layer in v1, fc.0 and fc.2 in v2.
 RENAMES = [(r"^encoder_q\.fc\.", "head."), (r"^encoder_q\.", "backbone.")]
 

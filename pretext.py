@@ -61,10 +61,10 @@ Where this file departs from the papers:
     network trained end to end on the squared error, each pixel black with probability 1/4 (paper:
     layer by layer, fully connected, with tied weights, on the cross-entropy; a fixed number of
     inputs black).
-  - cpc: layer norm, dropped colours (here as for patch, in 80 % of the patches) and predicting at
-    least three rows ahead come from version 2 (Henaff 2019, 1905.09272). Ours has one direction,
-    two distances, whole patches and a smaller context network; the negatives are the patches of the
-    same rows in all views of the batch.
+  - cpc: layer norm, dropped colours (here one channel is copied to all, in 80 % of the patches) and
+    predicting at least three rows ahead come from version 2 (Henaff 2019, 1905.09272). Ours has one
+    direction, two distances, whole patches and a smaller context network; the negatives are the
+    patches of the same rows in all views of the batch.
   - view: the fixed network starts as a copy of f and ends in a linear layer and batch norm (paper:
     BYOL's projector), the predictor is applied to h itself, and views have BYOL's colour jitter and
     grey, but no blur and no solarization.

@@ -21,8 +21,8 @@ Where this file departs from the paper and the released code (the code since Sim
 released, g had two layers, brightness was added, and weight decay was the paper's):
   - Crops are resized bilinearly, with antialiasing (released code: bicubic, without). Areas are
     drawn uniformly from 0.08 up, as in the paper, and aspects log-uniformly; if ten boxes do not
-    fit, a central one is taken (released code: heights and aspects are uniform and areas start at
-    0.1, so crops are smaller; the whole image if a hundred do not fit).
+    fit, a central one is taken (released code: heights are uniform, so crops are smaller, though
+    areas start at 0.1; aspects are uniform; the whole image if a hundred do not fit).
   - The colour jitter is that of the paper's PyTorch code: brightness is a factor (its TensorFlow
     code: added), contrast is scaled around the mean grey (around each channel's mean), saturation
     is a blend with grey (a factor in HSV), and the order is random (fixed). Every image has its

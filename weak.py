@@ -49,11 +49,11 @@ Where this file departs from the papers:
   - bags: L = 64 (paper: 128), attention without biases (released code: with), several bags per step
     (released code: one). Images are shuffled and cut into bags of half to the whole of --bag-size;
     each image is in exactly one (released code: 10 images on average, drawn with replacement). A
-    step has room for the largest bags, so an epoch is about 0.8 of a pass.
+    step has room for the largest bags, so an epoch is about 0.7 of a pass.
   - noisy: at least R(T) N images are kept, as in the paper (released code: rounded down), and the
     loss is their mean (released code: divided by their number once more). T counts from 0, so R is
     1 in the first epoch (released code: already less). Images are flipped, and the rate falls from
-    the start (released code: no augmentation, and from epoch 80). The last epoch is reported
+    the start (released code: no augmentation, and from epoch 80 or 100). The last epoch is reported
     (paper: the mean of the last ten).
   - pseudo: strong views are smaller crops with jitter, without it on the built-in set (paper:
     RandAugment or CTAugment, then Cutout); weak ones are larger crops (paper: shifts). There is
