@@ -20,6 +20,7 @@ import importlib
 import inspect
 import itertools
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
@@ -89,9 +91,16 @@ def q(*shape, seed=0):
     return plain(*shape, seed=seed).softmax(-1)
 
 
+def unit(*shape, seed=0):
+    """Rows of length 1 that require a gradient."""
+    return F.normalize(plain(*shape, seed=seed), dim=1).requires_grad_()
+
+
 def net(seed):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    made = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    made(plain(5, 3, seed=seed))  # other running statistics for every seed
+    return made
 
 
 def run_lars(module):
@@ -110,7 +119,7 @@ def run_split_norm(module):
     norm = module.SplitBatchNorm2d(3, 4).double()
     out = [norm(plain(8, 3, 2, 2, seed=step) + step) for step in range(2)]
     out.append(norm.eval()(plain(8, 3, 2, 2)))
-    return [*map(torch.Tensor.detach, out), norm.running_mean, norm.running_var]
+    return [*tensors(out), norm.running_mean, norm.running_var]
 
 
 OBJECTS = {"LARS.step": run_lars, "SplitBatchNorm2d.forward": run_split_norm}
@@ -127,6 +136,9 @@ BOTH = [plain(1, 1, 6, seed=9)[0], 0.1, 0.05]  # centre, tau_s, tau_t
 PATCHES = [[z(3, 5, 6, seed=i), z(3, 5, 6, seed=i + 1)] for i in (20, 30)]
 THERE = torch.arange(5) < torch.tensor([[5], [2], [1]])  # which places of three bags hold an image
 VOTES = ((plain(200, 1) > 0) ^ (plain(200, 4, seed=1) < torch.tensor([-1, -1, -0.5, 0.7]))).long()
+VOTES[plain(200, 4, seed=2) > 1] = -1  # abstains
+RIGHT = plain(4, 5).argmax(1)  # labels for these logits
+HALF_RIGHT = (RIGHT + torch.tensor([0, 0, 1, 2])) % 5
 INPUTS = {  # by function: arguments of some calls
     "lr_at": times(5, 0.3) + times(0, 0.3),
     "m_at": times(0.9) + times(0.0),
@@ -136,15 +148,16 @@ INPUTS = {  # by function: arguments of some calls
     "update_center": [(plain(1, 6), plain(4, 6, seed=1), 0.9)],
     "dequeue_and_enqueue": [(plain(3, 8), 2, plain(4, 3)), (plain(3, 8), 6, plain(4, 3))],
     "byol_loss": [(z(4, 3), z(4, 3, seed=1)), (z(4, 3), z(4, 3, seed=1), False)],
-    "rotate": [(plain(2, 3, 4, 4),)],
-    "cross_entropy": [(z(4, 5), torch.tensor([0, 3, 1, 4])), (z(4, 5), q(4, 5))],
-    "classification": [(z(4, 5), torch.tensor([0, 3, 1, 4]))],
+    "rotate": [(plain(2, 3, 4, 4),), (plain(2, 3, 4, 4), False)],
+    "cross_entropy": [(z(4, 5), HALF_RIGHT), (z(4, 5), q(4, 5, seed=2))],
+    "classification": [(z(4, 5), HALF_RIGHT)],
     "masked_l2": [(z(2, 3, 4, 4), z(2, 3, 4, 4, seed=1), plain(2, 1, 4, 4, seed=2) > 0)],
     "cpc_loss": [(z(4, 3), z(4, 3, seed=1))],
-    "soft_cross_entropy": [(z(2, 5, 3, 3), plain(2, 5, 3, 3).softmax(1), q(5, seed=1))],
+    "soft_cross_entropy": [(z(2, 5, 3, 3), plain(2, 5, 3, 3, seed=2).softmax(1), q(5, seed=1))],
     "rebalance": [(q(5),), (q(5), 0.2)],
-    "info_nce": [(z(4, 3), z(4, 3, seed=1), plain(3, 8, seed=2), 0.2)],
-    "nt_xent": [(z(4, 3), z(4, 3, seed=1), 0.5), (z(4, 3), z(4, 3, seed=1), 1e-3)],
+    "info_nce": [(unit(4, 3), unit(4, 3, seed=1), unit(8, 3, seed=2).detach().T, 0.2)],
+    "nt_xent": [(z(4, 3), z(4, 3, seed=1), 0.5), (z(4, 3), z(4, 3, seed=1), 1e-3),
+                (z(5, 3), z(5, 3, seed=1), 0.5)],
     "H": [(z(4, 6), z(4, 6, seed=1), *BOTH)],
     "entropy": [(z(4, 6), BOTH[0], 0.5)],
     "dino_loss": [(STUDENT, TEACHER, *BOTH)],
@@ -152,13 +165,14 @@ INPUTS = {  # by function: arguments of some calls
     "ibot_loss": [(STUDENT, TEACHER, *PATCHES, [MASK, MASK.flip(0)], BOTH[0],
                    plain(1, 1, 6, seed=2), 0.5, 0.3, 0.2)],
     "distillation": [(z(4, 6), q(4, 6, seed=1).requires_grad_(), 0.5)],
-    "class_loss": [(STUDENT, [q(4, 6), q(4, 6, seed=1)], 0.5)],
-    "masked_loss": [(z(4, 6), q(4, 6, seed=1), q(4), 0.5)],
+    "class_loss": [(STUDENT, [q(4, 6, seed=7), q(4, 6, seed=8)], 0.5)],
+    "masked_loss": [(z(4, 6), q(4, 6, seed=1), 2 * q(4), 0.5)],
     "koleo": [(z(5, 3),)],
     "sinkhorn_knopp": [(z(5, 4), 0.5), (z(5, 4), 1e-3), (z(5, 4), 0.5, 2),
                        (z(5, 4), 0.5, 3, lambda x: torch.cat([x, x.flip(1)]))],
-    "targets": [(z(5, 4), plain(1, 4), 0.5, how) for how in ("sinkhorn", "center")],
-    "mean_entropy": [(q(4, 6),)],
+    "targets": [(z(5, 4), plain(1, 4), 0.5, how, *gather) for how, *gather in (
+        ("sinkhorn",), ("center",), ("sinkhorn", lambda x: torch.cat([x, x.flip(1)])))],
+    "mean_entropy": [(q(4, 6),), (torch.eye(4).double(),)],
     "keep_rate": [(epoch, 0.4, 5) for epoch in (0, 1, 3, 5, 9)],
     "transition": [("symmetric", 0.5, 4), ("pair", 0.45, 5)],
     "noise_aware_loss": [(z(4, 5), q(4, 5, seed=1))],
@@ -167,7 +181,7 @@ INPUTS = {  # by function: arguments of some calls
                        for U in ((), (z(3, 4, seed=3),))],
     "posterior": [(torch.tensor([[0, -1, 2], [1, 1, -1], [-1, 0, 0]]), q(3, 3, 4))],
     "triplets": [(VOTES,)],
-    "small_loss": [(plain(9), 0.7), (plain(20), 0.55)],
+    "small_loss": [(plain(9), 0.7), (plain(20), 0.55), (plain(9), 0.0)],
     "coteaching_losses": [(z(9), z(9, seed=1), 0.7)],
     "fixmatch_loss": [((3 * plain(8, 4)).requires_grad_(), z(8, 4, seed=1), 0.8)],
 }
@@ -179,7 +193,9 @@ class Call(NamedTuple):
     """One call of a function."""
 
     text: str  # "lr_at(0, 20, 5, 0.3)"
+    kind: str  # "a tensor or number", ...
     gives: list  # tensors
+    types: list  # their dtypes
     gradients: list  # (argument, tensor), of the sum of what it gives; None: no gradient, or 0
     leaves: list  # (argument, tensor, whether it is another one than before)
 
@@ -187,14 +203,30 @@ class Call(NamedTuple):
 def tensors(x):
     """All numbers in x, in order."""
     if isinstance(x, dict):
-        x = list(x.values())
+        x = [x[k] for k in sorted(x)]
     if isinstance(x, list | tuple):
         return [t for part in x for t in tensors(part)]
     if isinstance(x, nn.Module):
         return [t.detach() for t in x.state_dict().values()]
-    if isinstance(x, torch.Tensor | int | float):
-        return [torch.as_tensor(x)]
+    if isinstance(x, torch.Tensor):
+        return [x]
+    if isinstance(x, int | float):
+        return [torch.tensor(x, dtype=torch.double)]
     return []  # a generator, a function
+
+
+def kind_of(x):
+    """What a function returns, in words."""
+    if x is None:
+        return "nothing"
+    if isinstance(x, torch.Tensor | int | float):
+        return "a tensor or number"
+    if isinstance(x, dict):
+        return f"a dict with the keys {', '.join(map(str, sorted(x)))}"
+    if isinstance(x, list | tuple):
+        other = {kind_of(part) for part in x} - {"a tensor or number"}
+        return f"a tuple of {len(x)}" + (f" with {', '.join(sorted(other))}" if other else "")
+    return f"a {type(x).__module__}.{type(x).__name__}".replace("builtins.", "")
 
 
 def shown(name, x):
@@ -207,10 +239,17 @@ def shown(name, x):
 def call(module, function, given):
     """Call the function of this module with copies of these arguments -> Call."""
     if function in OBJECTS:
-        return Call(function, OBJECTS[function](module), [], [])
+        out = OBJECTS[function](module)
+        return Call(function, "", [*map(numbers, out)], [], [], [])
     f, args = getattr(module, function), copy.deepcopy(given)
     named = [*zip(inspect.signature(f).parameters, args)]
-    out = tensors(f(*args))
+    text = f"{function}({', '.join(shown(name, x) for name, x in zip(dict(named), given))})"
+    try:
+        result = f(*args)
+    except BaseException as error:
+        error.call = text
+        raise
+    out = tensors(result)
     inputs = [(name, t) for name, x in named for t in tensors(x) if t.requires_grad]
     total = sum(t.sum() for t in out if t.requires_grad)
     found = [None] * len(inputs)
@@ -221,8 +260,8 @@ def call(module, function, given):
     leaves = [(name, numbers(t), not close(numbers(t), numbers(old)))
               for (name, x), before in zip(named, given)
               for t, old in zip(tensors(x), tensors(before))]
-    text = f"{function}({', '.join(shown(name, x) for name, x in zip(dict(named), given))})"
-    return Call(text, [*map(numbers, out)], gradients, leaves)
+    types = [t.dtype for t in out]
+    return Call(text, kind_of(result), [*map(numbers, out)], types, gradients, leaves)
 
 
 def numbers(t):
@@ -233,23 +272,32 @@ def close(a, b):
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+class Missing(Exception):
+    """The file has no such function."""
+
+
 @contextlib.contextmanager
-def limit(seconds):
-    """End what takes longer with a TimeoutError, where signals can."""
+def fenced(seconds):
+    """End what takes longer with a TimeoutError, where signals can, and put PyTorch's settings
+    back."""
 
     def stop(number, frame):
         raise TimeoutError(f"it does not end within {seconds} seconds")
 
-    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    alarm = hasattr(signal, "SIGALRM")
+    alarm = alarm and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, stop) if alarm else None
+    gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    if alarm:
+        signal.alarm(seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        if alarm:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
 
 
 @cache
@@ -257,11 +305,13 @@ def outcome(source, function):
     """-> a Call for each of its inputs and None, or None and the error that stopped it."""
     module = {}
     try:
-        with limit(60):
+        with fenced(60):
             exec(compile(source, "exercise", "exec"), module)
+            if function.split(".")[0] not in module:
+                raise Missing
             module = SimpleNamespace(**module)
             return [call(module, function, args) for args in INPUTS.get(function, [()])], None
-    except Exception as error:  # a learner's code may do anything
+    except (Exception, SystemExit) as error:  # a learner's code may do anything
         return None, error
 
 
@@ -270,8 +320,8 @@ def outcome(source, function):
 
 def fault(mine, ours):
     """How a call of the learner's function differs from that of ours: words, or None."""
-    if len(mine.gives) != len(ours.gives):
-        return f"returns {counted(mine.gives)} instead of {counted(ours.gives)}"
+    if mine.kind != ours.kind:
+        return f"returns {mine.kind} instead of {ours.kind}"
     for x, y in zip(mine.gives, ours.gives):
         if x.shape != y.shape:
             return f"gives the shape {tuple(x.shape)} instead of {tuple(y.shape)}"
@@ -294,11 +344,6 @@ def fault(mine, ours):
     return None
 
 
-def counted(results):
-    n = len(results)
-    return "nothing" if n == 0 else f"{n} tensors or numbers" if n > 1 else "one tensor or number"
-
-
 def apart(x, y):
     """The first numbers that differ, and how they are related, if all are."""
     i = (~torch.isclose(x, y, rtol=1e-6, atol=1e-6, equal_nan=True)).nonzero()[0].tolist()
@@ -312,25 +357,31 @@ def apart(x, y):
         return text
     if abs(factor + 1) < 1e-6:
         return f"{text}: the sign is wrong"
+    if abs(factor - 2) < 1e-6 or abs(factor - 0.5) < 1e-6:
+        return f"{text}: a factor of 2"
     for n, words in ((factor, "times as much: a sum for a mean?"),
                      (1 / (factor or 1), "times too little: a mean for a sum?")):
-        if n > 1.5 and abs(n - round(n)) < 1e-5:
+        if x.ndim == 0 and 2.5 < n < 1e6 and abs(n - round(n)) < 1e-5:
             return f"{text}: {round(n)} {words}"
     return text
 
 
-def exchanged(mine, method, function, given):
-    """Words for two numbers among the arguments that were taken for each other, or None."""
+def exchanged(found, method, function):
+    """Words for two numbers among the arguments that were taken for each other in all calls, or
+    None."""
     if function in OBJECTS:
         return None
-    module = importlib.import_module(method)
+    module, inputs = importlib.import_module(method), INPUTS[function]
     names = [*inspect.signature(getattr(module, function)).parameters]
-    places = [i for i, x in enumerate(given) if type(x) is float]
+    places = [i for i, x in enumerate(inputs[0]) if type(x) is float]
     for i, j in itertools.combinations(places, 2):
-        swapped = [*given]
-        swapped[i], swapped[j] = given[j], given[i]
-        ours = call(module, function, swapped)
-        if given[i] != given[j] and not fault(mine, ours._replace(leaves=mine.leaves)):
+        alike = []
+        for mine, given in zip(found, inputs):
+            swapped = [*given]
+            swapped[i], swapped[j] = given[j], given[i]
+            ours = call(module, function, swapped)
+            alike.append(not fault(mine, ours._replace(leaves=mine.leaves)))
+        if all(alike):
             return f"takes {names[i]} for {names[j]}"
     return None
 
@@ -347,12 +398,11 @@ def diagnose(source, method, function):
     if blank(method, function) in source:
         return f"{function} is still to be written"
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno} is not Python: {error.msg}"
+        return f"line {error.lineno or 1} is not Python: {error.msg}"
+    if isinstance(error, Missing):
+        return f"the file has no {function.split('.')[0]}"
     if error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == "exercise"]
-        where = f"line {lines[-1]}: " if lines else ""
-        return f"{where}{function} stops with {type(error).__name__}: {error}".splitlines()[0]
+        return stopped(error, function)
     wrong = [i for i, calls in enumerate(both(source, method, function)) if fault(*calls)]
     known = [m for m in MISTAKES if m.function == function] if wrong else []
     known.sort(key=lambda m: m.file != f"{method}.py")
@@ -366,11 +416,29 @@ def diagnose(source, method, function):
 
 def difference(source, method, function):
     """Where the function in this source first differs from ours: a sentence, or None."""
-    inputs = INPUTS.get(function, [()])
-    for given, (mine, ours) in zip(inputs, both(source, method, function)):
+    calls = both(source, method, function)
+    for mine, ours in calls:
         if words := fault(mine, ours):
-            return f"{ours.text} {exchanged(mine, method, function, given) or words}"
+            swap = exchanged([mine for mine, _ in calls], method, function)
+            return f"{ours.text} {swap or words}"
+    for mine, ours in calls:
+        for a, b in zip(mine.types, ours.types):
+            if a != b and torch.double in (a, b):
+                return f"{ours.text} gives {a} instead of {b}".replace("torch.", "")
     return None
+
+
+def stopped(error, function):
+    """The line of the exercise at which it stopped, the error, and the call."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if frame.filename == "exercise"]
+    message = " ".join(str(error).split())
+    text = f"stops with {type(error).__name__}" + (f": {message}" if message else "")
+    text = text if len(text) < 200 else text[:200] + " ..."
+    if frames and frames[-1].name == "<module>":
+        return f"line {frames[-1].lineno} {text}"
+    where = f"line {frames[-1].lineno}: " if frames else ""
+    return f"{where}{getattr(error, 'call', function)} {text}"
 
 
 def gives_the_same(mine, ours):
@@ -413,26 +481,38 @@ def files(folder):
 
 def grade(file):
     """What is wrong with the exercise in this file: a sentence, or None if its tests pass."""
-    source = file.read_text()
+    try:
+        source = file.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        return "the file is not in UTF-8"
     method, function = NAMES[file.stem]
     if known := diagnose(source, method, function):
         return known
-    reports = mistakes.outcome({method: source}, tests_of(method, function))
     different = difference(source, method, function)
+    try:
+        with fenced(300):
+            reports = mistakes.outcome({method: source}, tests_of(method, function))
+    except TimeoutError as error:
+        return f"in the tests {error}"
     for test, why in reports.failed.items():
-        return f"{test.split('::')[-1]} fails: {different or failing_line(why)}"
+        return f"{test.split('::')[-1]} fails: {different or failing_line(why, method, function)}"
     calls = both(source, method, function)
     if function != "small_loss" and not all(gives_the_same(*pair) for pair in calls):
         return f"the tests pass, but {different}"  # small_loss may be in any order
     return None
 
 
-def failing_line(why):
-    """The statement of a test at which it failed, in pytest's short form, and the error."""
-    lines = why.strip().splitlines()
-    error = next((line[1:].strip() for line in lines if line.startswith("E ")), "")
-    statement = [line.strip() for line in lines if line.startswith("    ") and line.strip(" ^~")]
-    place = f"`{statement[-1]}`" if statement else "this test"
+def failing_line(why, method, function):
+    """The statement of a test at which it failed, or the line of the exercise at which it stopped
+    there, and the error. why: pytest's short form."""
+    error = next((line[1:].strip() for line in why.splitlines() if line.startswith("E ")), "")
+    frames = re.findall(r"^(\S+):(\d+): in .*\n((?:    .*\n)*)", why, re.M)
+    own = [number for file, number, _ in frames if file == f"<{method}>"]
+    if own:
+        return f"line {own[-1]}: {function} stops there with {error}"
+    lines = [line.strip() for file, _, code in frames if "test_" in file
+             for line in code.splitlines() if line.strip(" ^~")]
+    place = f"`{lines[-1]}`" if lines else "this test"
     text = f"your function agrees with ours, but not in {place}"
     return text if error in ("", "AssertionError") else f"{text}: {error}"
 
@@ -470,7 +550,7 @@ def main(argv=None):
         file = write(args.out, name, args.again)
         tests = ", ".join(tests_of(*NAMES[name]))
         print(f"{file}: write {NAMES[name][1]}; graded by {tests}")
-    print(f"python -m pytest {args.out}" + " -x" * args.all)
+    print(f"python -m pytest {shlex.quote(args.out)}" + " -x" * args.all)
 
 
 if __name__ == "__main__":
