@@ -279,7 +279,7 @@ def dequeue_and_enqueue(queue, ptr, k):
     """Replace the oldest columns of queue (C, K), in place, from ptr on, modulo K, by the keys
     k (N, C), of any floating-point type.
 
-    ptr: an int or a 0-dim tensor -> the new one, alike. N is at most K. Test: test_queue.
+    ptr: an int or a 0-dim tensor -> the new one. N is at most K. Test: test_queue.
     """
     columns = (ptr + torch.arange(len(k), device=k.device)) % queue.shape[1]
     queue[:, columns] = k.T.to(queue.dtype)

@@ -168,7 +168,7 @@ def test_queue():
         k, before = draw(N, 5, seed=seed).float(), queue.clone()
         expected = by_hand(before, ptr.item(), k)
         ptr = moco.dequeue_and_enqueue(queue, ptr, k)
-        assert torch.equal(queue, expected[0]) and ptr.item() == expected[1], N
+        assert torch.equal(queue, expected[0]) and int(ptr) == expected[1], N
         assert (queue != before).any(0).sum() == N  # the others stay
     assert moco.dequeue_and_enqueue(queue, 6, draw(3, 5).double()) == 1  # a number, another dtype
     keys, queue, ptr = draw(8, 5).float(), moco.random_queue(args), torch.tensor(0)
