@@ -166,7 +166,7 @@ def test_queue():
     ptr = torch.tensor(0)
     for seed, N in enumerate((3, 3, 3, 8, 1, 7)):  # wraps in the third, a whole turn in the fourth
         k, before = draw(N, 5, seed=seed).float(), queue.clone()
-        expected = by_hand(before, ptr.item(), k)
+        expected = by_hand(before, int(ptr), k)
         ptr = moco.dequeue_and_enqueue(queue, ptr, k)
         assert torch.equal(queue, expected[0]) and int(ptr) == expected[1], N
         assert (queue != before).any(0).sum() == N  # the others stay
