@@ -186,6 +186,8 @@ def options(method, doc, table, argv=None):
             fail(f"--{name.replace('_', '-')} is given without a value")
     if args.init and args.eval:
         fail("--init starts training and --eval does not train: give only one of the two")
+    if args.init and not args.resume:
+        read_checkpoint(args.init)  # fails before the set is read
     embed = Path(args.embed or "features.npz")
     if embed.is_dir() or not embed.parent.is_dir() or embed.suffix != ".npz":
         fail(f"--embed {args.embed}: give a .npz file in a folder that exists")
@@ -273,11 +275,11 @@ def load_data(args, table, run, cpu=()):
     recipe = " ".join(f"{k}={show_value(getattr(args, k))}" for k in table)
     print(f"recipe {'of the file' if 'method' in made else name}: {recipe}")
     how = args.image_size, run.device, args.memory_limit, args.workers
-    data.read(*how)
-    if args.labelled:
+    if args.labelled:  # first, as it is the smaller one
         data.probed = Data(args.labelled, args.data_dir)
         data.probed.read(*how)
         data.labelled or fail(f"--labelled {args.labelled} has no labels, either")
+    data.read(*how)
     args.images = n = len(data.train.labels)
     if free and not made:
         args.batch_size = at_most(args.batch_size, n)  # broken files are left out by now

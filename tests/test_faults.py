@@ -383,3 +383,11 @@ def test_text_beside_the_pixels_is_no_reason_to_go_without_them(tmp_path):
     text.add_text("notes", "b" * 3_000_000, zip=True)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png", pnginfo=text)
     assert common.read_image(tmp_path / "a.png", 20).shape == (20, 20, 3)
+
+
+def test_what_is_missing_is_noticed_before_the_set_is_read(tmp_path, monkeypatch, capsys):
+    assert "none.pt" in fails(lambda: options(simclr, ["--init", "none.pt"]), capsys)
+    assert options(simclr, ["--init", "none.pt", "--resume"]).init == "none.pt"
+    monkeypatch.setattr(common.Data, "load", lambda *_: pytest.fail("it is read"))
+    argv = [*TINY, "--labelled", tmp_path / "nowhere", "--out", tmp_path / "run"]
+    assert "nowhere" in refused(simclr, argv, capsys)
