@@ -74,7 +74,9 @@ def test_supervised_optimizer():
 
 def test_supervised_errors(tmp_path, capsys):
     argv = ["simclr", *TINY, "--out", tmp_path / "run"]
-    assert "--init" in refused(benchmark("supervised"), [*argv, "--init", "x.pt"], capsys)
+    torch.save({}, tmp_path / "x.pt")
+    init = ["--init", tmp_path / "x.pt"]
+    assert "--init" in refused(benchmark("supervised"), [*argv, *init], capsys)
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     argv += ["--dataset", tmp_path, "--batch-size", 2]
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
