@@ -44,7 +44,7 @@ run() { # FOLDER COMMAND ...
     fi
     # a run killed before its first last.pt starts over in the same folder
     if [ -f "$out/last.pt" ]; then resume=(--resume); else rm -f "$out/args.json"; fi
-    $python "$@" --out "$out" "${resume[@]}" "${options[@]}"
+    "$python" "$@" --out "$out" "${resume[@]}" "${options[@]}"
 }
 
 train() { # METHOD NAME EPOCHS OPTIONS ...
@@ -117,13 +117,13 @@ cpu() { # the recipe that each file takes without a GPU, and the ceilings
 
 table() {
     local csv=benchmarks/cifar10.csv
-    $python benchmarks/table.py --name "*$name*" --out $csv
+    "$python" benchmarks/table.py --name "*$name*" --out $csv
     if grep -q -- "^[^,]*-$name-e" $csv; then
-        $python benchmarks/figure.py --csv $csv --name "*-$name-e*" --peers \
+        "$python" benchmarks/figure.py --csv $csv --name "*-$name-e*" --peers \
             --out "benchmarks/$name.png"
     fi
     if grep -q -- "^[^,]*-$name-cpu," $csv; then
-        $python benchmarks/course.py --name "*-$name-cpu-s*" --out "benchmarks/$name-cpu"
+        "$python" benchmarks/course.py --name "*-$name-cpu-s*" --out "benchmarks/$name-cpu"
     fi
 }
 

@@ -17,7 +17,7 @@ shift $(($# < 2 ? $# : 2))
 seeds() {
     local seed
     for seed in ${SEEDS:-0 1 2}; do
-        $python "$method.py" --dataset "$target" --seed "$seed" "$@"
+        "$python" "$method.py" --dataset "$target" --seed "$seed" "$@"
     done
 }
 
@@ -30,16 +30,16 @@ imagenet() { # one node; for several: TORCHRUN="torchrun --nnodes ... --rdzv-end
 throughput() { # the recipes for small and for large images, and files if the folder is there
     local files=() photos=${PHOTOS:-data/clothing-160}
     [ -d "$photos" ] && files=(--folder "$photos")
-    $python benchmarks/throughput.py "$method" --image-size 32 --compile --steps 50 --limit 4000 \
+    "$python" benchmarks/throughput.py "$method" --image-size 32 --compile --steps 50 --limit 4000 \
         --variants contiguous unfused untried eager max-autotune \
         --out "benchmarks/throughput-$method-32.csv" "$@"
-    $python benchmarks/throughput.py "$method" --image-size 224 --compile --steps 20 \
+    "$python" benchmarks/throughput.py "$method" --image-size 224 --compile --steps 20 \
         --variants contiguous unfused untried eager \
         --out "benchmarks/throughput-$method-224.csv" "${files[@]}" "$@"
 }
 
 table() {
-    $python benchmarks/table.py --name "$method-*" --out benchmarks/results.csv "$@"
+    "$python" benchmarks/table.py --name "$method-*" --out benchmarks/results.csv "$@"
 }
 
 [ -f "$method.py" ] || target=

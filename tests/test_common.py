@@ -200,7 +200,7 @@ def test_a_small_set_is_one_batch():
 def test_wrong_options(argv, names, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "file").touch()
-    argv = argv.format(empty=tmp_path / "empty").split()
+    argv = [word.format(empty=tmp_path / "empty") for word in argv.split()]
     assert names in refused(simclr, [*TINY, "--out", tmp_path / "run", *argv], capsys)
     assert not (tmp_path / "run" / "args.json").exists()  # the folder is free again
 
@@ -681,8 +681,8 @@ def test_half_precision_on_a_cpu(name, half, tmp_path):
     overflows at the scale to begin with, the step is left out and the scale is halved."""
     runs = []
     for amp in ("off", half):
-        argv = f"--amp {amp} --limit 16 --epochs 1 --eval-every 0 --out {tmp_path / amp}".split()
-        runs.append(tools.train(method(name), tiny(name, *argv), Watched)[2])
+        argv = f"--amp {amp} --limit 16 --epochs 1 --eval-every 0 --out".split()
+        runs.append(tools.train(method(name), tiny(name, *argv, tmp_path / amp), Watched)[2])
     whole, halved = (run.rows[0] for run in runs)
     if halved["skipped"]:
         assert half == "fp16" and runs[1].state["scaler"].get_scale() == 2.0**15

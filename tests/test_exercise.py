@@ -1,6 +1,7 @@
 """Exercises: our bodies pass, and each planted mistake gets its name."""
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -63,7 +64,7 @@ def test_pytest_says_what_is_wrong(tmp_path):
                              ("dinov2", "koleo")):
         _, out = quiet(exercise, [method, function, "--out", folder])
         assert f"tests/test_{method}.py::test_{function}_equation" in out
-        assert f"python -m pytest {folder}" in out
+        assert f"python -m pytest {shlex.quote(str(folder))}" in out
     filled(folder / "16_simclr_nt_xent.py", body_of("simclr", "nt_xent"))
     wrong = body_of("byol", "byol_loss").replace("z.detach() if stop_gradient else z", "z")
     filled(folder / "08_byol_byol_loss.py", wrong)

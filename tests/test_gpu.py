@@ -134,14 +134,14 @@ def outside(f):
 def on_a_gpu(name, flags, dtype, folder, **replaced):
     """A step and, where there is no flag, an evaluation. replaced: functions of the file."""
     file, waits, generator = method(name), Waits(), torch.Generator  # of the CPU, not of the GPU
-    argv = f"--device cpu --batch-size {N} --epochs 1 --eval-every 0 --out {folder} {flags}"
+    argv = f"--device cpu --batch-size {N} --epochs 1 --eval-every 0 {flags} --out".split()
     # networks and masks are made on the host, where fake tensors have no values to draw
     hosted = [k for k in ("build", "draw_masks", "stratified_masks") if hasattr(file, k)]
     values = {"item": lambda t: 0.5 if t.is_floating_point() else 1, "__int__": lambda t: 9,
               "__float__": lambda t: 0.5, "__bool__": lambda t: True,
               "tolist": lambda t: nested(t.shape)}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
-        run = stack.enter_context(common.Run(options(file, argv.split())))
+        run = stack.enter_context(common.Run(options(file, [*argv, str(folder)])))
         run.device, run.dtype, run.every = torch.device("cuda", 0), dtype, 10
         waits.scaled = dtype == torch.float16
         for patch in (

@@ -895,7 +895,7 @@ def test_what_cannot_work_is_refused(flags, words, tmp_path, capsys):
     for i in range(20):
         pixels = (torch.rand(20, 20, 3, generator=mix(i)) * 255).byte()
         Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
-    flags = flags.format(folder=tmp_path / "images").split()
+    flags = [flag.format(folder=tmp_path / "images") for flag in flags.split()]
     argv = [*SHORT, *flags, "--out", tmp_path / "run"]
     assert words in refused(weak, argv, capsys)
 
