@@ -153,7 +153,7 @@ def options(method, doc, table, argv=None):
       help="half precision for the networks (auto: on GPUs)")
     o("--compile", action="store_true", help="compile networks and augmentation")
     o("--out", help=f"output folder (next free runs/{method}-<dataset>-s<seed>)")
-    o("--resume", action="store_true", help="resume the last unfinished run of --out, or begin one")
+    o("--resume", action="store_true", help="resume the last unfinished run of --out, or begin the first")
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or released weights")
     o("--eval", metavar="FILE", help="evaluate such a file without training")
     o = p.add_argument_group("data").add_argument

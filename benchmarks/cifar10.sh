@@ -13,7 +13,7 @@
 #
 # and, not in `all`, for a machine without a GPU:
 #
-#   cpu          the CPU recipes: up to an hour per file on one core
+#   cpu          the CPU recipes: 12 to 65 minutes per file on one core
 #
 # The others are for one GPU, with --compile. Finished runs are skipped, interrupted ones resumed,
 # so the same command can be given again. Every method trained there is evaluated again with the 200

@@ -5,7 +5,7 @@
     python benchmarks/supervised.py dino --dataset cifar10 --compile        the same for a ViT
 
 The options are those of METHOD.py (`supervised.py simclr --help` lists them), whose network, data,
-epochs, batch and evaluation are used; what only its loss needs has no effect. What differs (OWN):
+epochs, batch and evaluation are used; what only its loss needs has no effect, nor has --eval-every. What differs (OWN):
 
   - All training images are used, as in the method. Nothing is tuned on any others: the test set is
     read once, after the last epoch.
@@ -169,8 +169,8 @@ def main(argv=None):
         common.fail(f"which method? one of {', '.join(METHODS)}, then its options or --help")
     method = importlib.import_module(own.method)
     args = common.options(own.method, __doc__, method.OPTIONS | OWN, options)
-    if args.init or args.eval:
-        common.fail("--init and --eval are for the method's own file")
+    if args.init or args.eval or args.embed:
+        common.fail("--init, --eval and --embed are for the method's own file")
     if not args.out:
         args.out = f"runs/supervised-{own.method}-{Path(args.dataset).name}-s{args.seed}"
     args.supervised = True  # for those who load backbone.pt

@@ -74,9 +74,10 @@ def test_supervised_optimizer():
 
 def test_supervised_errors(tmp_path, capsys):
     argv = ["simclr", *TINY, "--out", tmp_path / "run"]
-    torch.save({}, tmp_path / "x.pt")
-    init = ["--init", tmp_path / "x.pt"]
-    assert "--init" in refused(benchmark("supervised"), [*argv, *init], capsys)
+    torch.save({}, tmp_path / "x.npz")
+    for flag in ("--init", "--eval", "--embed"):
+        words = refused(benchmark("supervised"), [*argv, flag, tmp_path / "x.npz"], capsys)
+        assert "method's own file" in words
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     argv += ["--dataset", tmp_path, "--batch-size", 2]
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
