@@ -1487,9 +1487,9 @@ class Data:
         if classes and "test" not in self.parts:  # ImageNet's validation split is the test
             self.parts["test"] = self.parts.pop("val", None) or self._split_off_test()
         loose = int((self.parts["train"][1] < 0).sum())
+        loose = f", {loose:,} training images of none" if loose else ""
         kinds = [f"no train/<class>/*, so no labels: all of {top} is for training",
-                 "one class only, so accuracies say nothing",
-                 f"{len(classes)} classes" + f", {loose:,} training images of none" * (loose > 0)]
+                 "one class only, so accuracies say nothing", f"{len(classes)} classes{loose}"]
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
         unused = sorted({*folders} - {*entered, top.name}) if top != root else []
         print(printable(f"{root}: {kinds[min(len(classes), 2)]}; images: {counts}; {others} other "
