@@ -751,7 +751,9 @@ def train(args, run):
     args.classifies = common.load_weights(net, args, mean=MEAN)  # from --init or --eval, if given
     for other in net.others.values() if not args.classifies else ():  # only a backbone was loaded
         other.backbone.load_state_dict(net.backbone.state_dict())
-    if (made.get("names") or args.names) != args.names:
+    theirs = made.get("names")  # none if its images had no labels
+    same = theirs == args.names if theirs else len(args.names) == args.classes
+    if args.eval and args.names and not same:
         print("the file was trained on other classes than these: no accuracies")
         args.classifies = False
     net = run.place(net)  # on the device; batch norm spans all GPUs

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -845,7 +846,8 @@ def test_votes_from_a_file(tmp_path, monkeypatch):
     i = [int(os.path.basename(name).removesuffix(".png")) for name in saved["name"]]
     assert sorted(i) != i and len(i) == 30
     assert seen["votes"].tolist() == [rows[j][1:] for j in i]
-    assert saved["p"].shape == (30, 3) and close(torch.tensor(saved["p"]).sum(1), torch.ones(30))
+    assert saved["p"].shape == (30, 3)
+    assert close(torch.tensor(saved["p"]).sum(1), torch.ones(30), 1e-5)
 
 
 def test_classes_that_votes_alone_have_named(tmp_path):
@@ -862,6 +864,13 @@ def test_classes_that_votes_alone_have_named(tmp_path):
     results, _ = quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset",
                               tmp_path / "labelled", "--out", tmp_path / "eval"])
     assert 0 <= results["label_model_accuracy"] <= 100
+    shutil.rmtree(tmp_path / "labelled" / "train" / "1")
+    results, out = quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset",
+                                tmp_path / "labelled", "--out", tmp_path / "eval"])
+    assert "other classes" in out and "label_model_accuracy" not in results
+    quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset", tmp_path / "photos",
+                 "--embed", tmp_path / "h.npz", "--out", tmp_path / "eval"])
+    assert np.load(tmp_path / "h.npz")["p"].shape == (48, 3)
 
 
 def test_few_labels_and_many_images_without(tmp_path):
@@ -872,8 +881,9 @@ def test_few_labels_and_many_images_without(tmp_path):
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.byte().permute(1, 2, 0).numpy()).save(place / f"{i}.png")
     results, out = quiet(weak, [*TINY, "--task", "pseudo", "--mu", 3, "--labels", 100, "--dataset",
-                                tmp_path / "images", "--out", tmp_path / "run"])
-    assert "60 training images of none" in out and "of 48 images have a label" in out
+                                tmp_path / "images", "--limit", 90, "--out", tmp_path / "run"])
+    few, every = map(int, re.search(r"(\d+) of (\d+) images have a label", out).groups())
+    assert "60 training images of none" in out and 20 < few < 30 and every == few + 60
     assert 0 <= results["pseudo_accuracy"] <= 100
 
 
