@@ -466,9 +466,10 @@ def test_overlapping_patches(times):
     oracle = torch.nn.functional.conv2d(wide, net.weight, net.bias, stride=step)
     found = checkpoint.Overlapping(net, 8, times)(x)
     assert found.shape == (2, 5, 2 * times, 3 * times) and torch.allclose(found, oracle, atol=1e-5)
-    rows = checkpoint.pixels(x[..., :16], 8, step) @ net.weight.flatten(1).T + net.bias
-    assert torch.allclose(rows.movedim(3, 1), checkpoint.Overlapping(net, 8, times)(x[..., :16]),
-                          atol=1e-5)
+    one = checkpoint.Overlapping(net, 8, times)
+    for one.centred in (False, True):
+        rows = checkpoint.pixels(x[..., :16], 8, step, one.centred) @ net.weight.flatten(1).T
+        assert torch.allclose((rows + net.bias).movedim(3, 1), one(x[..., :16]), atol=1e-5)
 
 
 def test_attention_masks():
@@ -497,9 +498,9 @@ def test_ibot_patches(tmp_path, capsys):
     last = str(tmp_path / "last.pt")
     rows = module.main([last, "--images", "22", "--size", "32", *out])
     assert [row["features"] for row in rows] == [module.OURS, "random weights", "pixels",
-                                                 module.PAIRS]
+                                                 module.SYMMETRIC, module.PAIRS]
     assert all(0 <= row[k] <= 100 for row in rows for k in ("same_place", "same_part"))
-    assert 0 < rows[3]["same_place"] < 60 and len(written(tmp_path, "ibot_patches")) == 4
+    assert 0 < rows[4]["same_place"] < 60 and len(written(tmp_path, "ibot_patches")) == 5
     folder = folder_of(2, tmp_path / "images")
     row, *_ = module.main([str(tmp_path / "backbone.pt"), "--dataset", str(folder), "--size", "24",
                            *out])
@@ -507,6 +508,18 @@ def test_ibot_patches(tmp_path, capsys):
     refused("ibot_patches", capsys, last, "--size", 3, *out)
     assert "--finer 3" in refused("ibot_patches", capsys, last, "--finer", 3, *out)
     assert "none.pt" in refused("ibot_patches", capsys, tmp_path / "none.pt", *out)
+
+
+def test_symmetric_pixels():
+    """Of a mirrored image the same in mirrored order, for patches that overlap, too; and of a
+    patch by hand."""
+    module, x = lesson("ibot_patches"), draw(2, 3, 16, 16, dtype=torch.float32)
+    for step in (8, 4, 2):
+        a, b = (module.symmetric(checkpoint.pixels(images, 8, step, centred=True), 8)
+                for images in (x, x.flip(3)))
+        assert a.shape == (2, 16 // step, 16 // step, 192) and torch.equal(a, b.flip(2))
+    row = torch.tensor([1, 2, 5, 0, 0, 3, 0, 4, 9, 9, 9, 9])
+    assert module.symmetric(row, 2).tolist() == [2, 2, 5, 5, 3, 3, 4, 4, 9, 9, 9, 9]
 
 
 def test_alike():
