@@ -636,10 +636,10 @@ def test_dinov2_dense(tmp_path, dinov2_run, capsys):
     last = str(dinov2_run / "last.pt")
     rows = module.main([last, "--images", "40", "--shown", "2", *out])
     table = {row["features"]: row for row in rows}
-    assert [*table] == [module.OURS, "random weights", "pixels", module.TRUTH]
+    assert [*table] == [module.OURS, "random weights", "pixels", module.PLACED, module.TRUTH]
     best = table[module.TRUTH]
     assert all(best["miou"] > row["miou"] and best["rmse"] < row["rmse"] for row in rows[:-1])
-    assert len(written(tmp_path, "dinov2_dense")) == 4
+    assert len(written(tmp_path, "dinov2_dense")) == 5
     assert "--size 3" in refused("dinov2_dense", capsys, last, "--size", "3", *out)
     assert "toys alone" in refused("dinov2_dense", capsys, last, "--dataset", tmp_path, *out)
 
@@ -658,6 +658,17 @@ def test_dinov2_dense_scores():
     assert figures["miou"] == pytest.approx(sum(each) / 3)
     assert figures["accuracy"] == pytest.approx(100 * sum(a == b for a, b in cells) / 48)
     assert figures["rmse"] == pytest.approx((sum(errors) / 48) ** 0.5)
+
+
+def test_dinov2_dense_answer():
+    """Partly, if pixels with their place are better in depth; and the place, by hand."""
+    module = lesson("dinov2_dense")
+    rows = [{"features": name, "miou": u, "miou_sd": 1, "rmse": e, "rmse_sd": 0.001, "seeds": 3}
+            for name, u, e in (("ours", 40, 0.12), ("pixels", 12, 0.15), ("placed", 13, 0.11))]
+    for floors, word in ((rows[1:], "Partly"), (rows[1:2], "Yes"), (rows[:1], "Not")):
+        assert module.answer(rows[0], *floors, count=3).startswith(word)
+    found = module.placed(torch.zeros(2, 2, 2, 3))
+    assert torch.equal(found[1, 1, 0], torch.tensor([0.0, 0, 0, 0, 0, 1, 0]))
 
 
 def test_dinov2_dense_layers():
