@@ -39,7 +39,7 @@ def written(folder, name):
 
 @pytest.mark.parametrize("name, rows, own", [
     ("head", 3, "--batch-size 40"),
-    ("competing", 2, "--batch-size 20 --bits 2"),
+    ("competing", 2 * 3, "--batch-size 20 --bits 2"),
     ("circle", 2, "--batch-size 40"),
     ("augmentations", 2, "--batch-size 40"),
     ("temperature", 2, "--batch-size 40 --taus 0.2 1 --batch-sizes 40"),
@@ -134,6 +134,12 @@ def test_marks(tmp_path):
     assert (data.train.pixels[~inverted].int() - plain[~inverted].int()).abs().max() <= 1
     assert module.marks_from(Ground(), simclr, data, run) == 100
 
+    kind = functools.partial(module.MarkedRun, 3, shared=False)
+    _, data, run = train(simclr, [*argv, "--no-color", "--no-crop"], kind)
+    _, (a, b) = next(run.batches(data, 0, [common.Crop(16, scale=1.0, count=2)]))
+    agree = (a - b).abs().flatten(1).amax(1) < 0.01
+    assert 0 < agree.sum() < 20  # of 50; one in eight has the same mark twice
+
 
 def test_hidden_factors(tmp_path):
     """Planted: a goal in the features and one that is not; and the place of what is bright."""
@@ -192,6 +198,10 @@ def test_answers():
         rows = [row(linear_top1=v) | {"method": "DINO", "bits": b}
                 for b, v in ((0, 90), (1, marked))]
         assert answer(rows).startswith(holds)
+    apart, good = [row(linear_top1=v) | {"method": "DINO, mark not shared", "bits": 1}
+                   for v in (51, 80)]
+    rows[1]["linear_top1"] = 50
+    assert answer([*rows, apart]).startswith("Not") and answer([*rows, good]).startswith("Yes")
 
 
 def test_answers_of_vits_and_tasks():
