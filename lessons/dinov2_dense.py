@@ -6,8 +6,9 @@ Slides: "DINOv2: Learning Robust Visual Features without Supervision", results. 
 depth, and its coarse map is enlarged to pixels.
 
 The network was never shown a label or a depth. What a single linear layer finds in a token was
-already there, in plain form; the same layer on the untrained network and on the raw pixels of the
-patch shows how much of it came from training.
+already there, in plain form; the same layer on the untrained network, on the raw pixels of the
+patch, and on its pixels and place shows how much of it came from training. The place is one-hot: a
+token holds it, too, and the farther up the ground is in an image, the farther away it is.
 
     for seed in 0 1 2; do python dinov2.py --seed $seed; done
     python lessons/dinov2_dense.py runs/dinov2-toys-s*/last.pt
@@ -26,7 +27,8 @@ of depth, no class token beside the patches.
 
 Writes lessons/dinov2_dense.csv, a line for each kind of features and set of images, and
 lessons/dinov2_dense.png: image, truth and predictions. For comparison it also scores the truth with
-one value per patch, the best possible with patches this coarse.
+one value per patch, the best possible with patches this coarse. Depths run from 0.2 to 1 and have
+no unit.
 """
 
 import sys
@@ -42,7 +44,7 @@ from lessons import checkpoint, shared
 from lessons.checkpoint import per_patch
 
 CLAIM = "A linear layer reads classes and depth from tokens that were trained without either"
-OURS, TRUTH = "DINOv2", "truth of a patch"
+OURS, PLACED, TRUTH = "DINOv2", "pixels and place", "truth of a patch"
 PENALTY = 1e-3
 KEYS = ["features", "seed", "miou", "accuracy", "rmse"]
 COLOURS = torch.tensor([  # of the background and ten classes
@@ -126,6 +128,13 @@ def linear(x, shares, depth, x_test, size):
     return maps[0].argmax(1), maps[1][:, 0]
 
 
+def placed(features):
+    """Patch features (N, h, w, D) with their place, one-hot -> (N, h, w, D + h w)."""
+    n, h, w, _ = features.shape
+    place = torch.eye(h * w).unflatten(0, (h, w)).expand(n, -1, -1, -1)
+    return torch.cat([features, place], 3)
+
+
 def predictions(net, images, seed, run):
     """For the test images, from each kind of features: name -> classes and depth (M, S, S); and
     these images with their truth: x (M, 3, S, S), classes and depth (M, S, S)."""
@@ -136,8 +145,9 @@ def predictions(net, images, seed, run):
     shares = per_patch(F.one_hot(truth).movedim(3, 1).flatten(0, 1), step)
     shares = shares.unflatten(0, (len(x), -1)).movedim(1, 3)  # (N, h, w, C)
     depth = per_patch(depths, step).unsqueeze(3)
-    found = {}
-    for name, f in checkpoint.kinds_of_features(dinov2, OURS, net, seed, run).items():
+    found, kinds = {}, checkpoint.kinds_of_features(dinov2, OURS, net, seed, run)
+    kinds[PLACED] = lambda x: placed(kinds["pixels"](x))
+    for name, f in kinds.items():
         features = f(x)
         found[name] = linear(features[:n], shares[:n], depth[:n], features[n:], size)
     s, d = (enlarge(v[n:].movedim(3, 1), size) for v in (shares, depth))
@@ -147,20 +157,33 @@ def predictions(net, images, seed, run):
 
 def draw(whole, columns, means):
     """means: a row for each kind of features."""
+    from matplotlib.patches import Patch
+
     above, below = whole.subfigures(2, 1, height_ratios=[1.7, 1])
-    checkpoint.grid(above, columns)
+    pictures, keys = above.subfigures(1, 2, width_ratios=[14, 1])
+    checkpoint.grid(pictures, columns)
+    for ax in pictures.axes:
+        ax.images[0].set_clim(0.2, 1)  # of depths; pictures in colour have no limits
+    names = ["background", *common.THINGS]
+    keys.legend([Patch(color=c.tolist()) for c in COLOURS], names, loc="upper left", fontsize=7)
+    near_far = keys.add_axes((0.15, 0.05, 0.2, 0.4))
+    near_far.imshow(torch.linspace(1, 0.2, 50).view(-1, 1), extent=(0, 1, 0.2, 1), aspect="auto")
+    near_far.set(xticks=[], yticks=[0.2, 0.6, 1])
+    near_far.yaxis.tick_right()
+    near_far.set_title("depth", fontsize=8)
     left, right = below.subplots(1, 2)
     shared.bars(left, means, "features", {"miou": ""})
     left.set(title="classes: mean IoU, %")
     shared.bars(right, means, "features", {"rmse": ""}, fmt="%.3f")
-    right.set(title="depth: RMSE (less is better)")
+    right.set(title="depth, from 0.2 to 1, no unit: RMSE (less is better)")
 
 
-def answer(ours, random, pixels, count):
-    """Rows for three kinds of features; count: number of checkpoints."""
-    most = max(random, pixels, key=lambda row: row["miou"])
-    least = min(random, pixels, key=lambda row: row["rmse"])
-    holds = shared.compare(ours, most, "miou") > 0 > shared.compare(ours, least, "rmse")
+def answer(ours, *floors, count):
+    """Rows for kinds of features; count: number of checkpoints."""
+    most = max(floors, key=lambda row: row["miou"])
+    least = min(floors, key=lambda row: row["rmse"])
+    ahead = [shared.compare(ours, most, "miou") > 0, shared.compare(ours, least, "rmse") < 0]
+    holds = None if any(ahead) and not all(ahead) else all(ahead)
     return shared.answer(holds, f"mean IoU of the classes {ours['miou']:.0f} %, by "
                          f"{most['features']} {most['miou']:.0f} %; error of the depth "
                          f"{ours['rmse']:.3f}, by {least['features']} {least['rmse']:.3f} "
@@ -183,17 +206,17 @@ def main(argv=None):
         found, (x, truth, depths) = predictions(net, images, seed, run)
         for name, both in found.items():
             rows.append({"features": name, "seed": seed} | scores(*both, truth, depths))
-    shown = {"truth": (truth, depths)} | {name: found[name] for name in [*found][:3]}
+    shown = {"truth": (truth, depths)} | {name: found[name] for name in [*found][:4]}
     columns = {"image": x}
     for name, (classes, _) in shown.items():
-        columns[f"classes: {name}"] = COLOURS[classes].movedim(3, 1)
+        columns[f"classes:\n{name}"] = COLOURS[classes].movedim(3, 1)
     for name, (_, far) in shown.items():
-        columns[f"depth: {name}"] = far
+        columns[f"depth:\n{name}"] = far
     columns = {title: pictures[: own.shown] for title, pictures in columns.items()}
     shared.write_csv(f"{own.out}/dinov2_dense.csv", rows, KEYS)
     means = shared.over_seeds(rows, ["features"], KEYS[2:])
-    shared.figure(f"{own.out}/dinov2_dense.png", (13, 9), draw, columns, means, claim=CLAIM,
-                  answer=answer(*means[:3], min(own.seeds, len(trained))))
+    shared.figure(f"{own.out}/dinov2_dense.png", (15, 9), draw, columns, means, claim=CLAIM,
+                  answer=answer(*means[:4], count=min(own.seeds, len(trained))))
     shared.show(means, ["features", *KEYS[2:]], f"{own.seeds} sets of images")
     return rows
 

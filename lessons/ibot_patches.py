@@ -1,4 +1,4 @@
-"""Patch tokens find their place in another view, and in another object (iBOT).
+"""Do patch tokens find their place in another view, and in another object (iBOT)?
 
 Slides: "Contrastive Learning: Image BERT Pre-Training with Online Tokenizer (iBOT)". Paper,
 Appendix G.3, "Sparse correspondence": patch tokens of two views of an image, or of two images of a
@@ -6,8 +6,9 @@ class, are matched. Here two tokens match if each is the other's nearest by cosi
 subtracting the mean of all (paper: and if they have the highest self-attention).
 
 A single masked patch can be guessed from its neighbours; for a masked block one has to know what it
-is part of. So a token learns to say which part of what it shows, and the same part elsewhere should
-say the same.
+is part of. So a token should learn to say which part of what it shows, and the same part elsewhere
+should say the same. Whether a match needs that is another matter: patches that look alike match by
+their pixels, too, if only these do not depend on which view is mirrored.
 
     python ibot.py --epochs 100
     python lessons/ibot_patches.py runs/ibot-toys-s0/last.pt
@@ -21,9 +22,11 @@ Writes lessons/ibot_patches.csv and lessons/ibot_patches.png: matched patches, a
 are right, three times with other images (several checkpoints take turns). The views are crops of 40
 to 100 % of the area, one mirrored, in other colours, so it is known which places correspond. On
 `toys` the parts are known, too, and only matches of patches that show an object are counted. iBOT's
-tokens are compared with those of the untrained network, with the patches' pixels, and with random
-pairs: every patch of the one with every patch of the other. Images are whole central squares: new
-ones for `toys`, validation images for other sets, all images of a folder without labels.
+tokens are compared with those of the untrained network, with the patches' pixels, with symmetric
+pixels (of a patch and its mirror image the larger value), which are the same in a mirrored view,
+and with random pairs: every patch of the one with every patch of the other. Images are whole
+central squares: new ones for `toys`, validation images for other sets, all images of a folder
+without labels.
 """
 
 import math
@@ -39,7 +42,7 @@ import ibot
 from lessons import checkpoint, shared
 
 CLAIM = "A patch token finds its place in another view more often than pixels do"
-OURS, PAIRS = "iBOT", "random pairs"
+OURS, SYMMETRIC, PAIRS = "iBOT", "symmetric pixels", "random pairs"
 SHOWN = 4
 KEYS = ["features", "seed", "same_place", "same_part"]
 
@@ -53,6 +56,13 @@ def mutual(a, b):
     i, j = nearest.nonzero(as_tuple=True)
     order = cosine[i, j].argsort(descending=True)
     return i[order], j[order]
+
+
+def symmetric(patches, side):
+    """The same for a patch and its mirror image: pixels (..., 3 side^2) -> as many, the larger of
+    both images."""
+    patches = patches.unflatten(-1, (3, side, side))
+    return patches.maximum(patches.flip(-1)).flatten(-3)
 
 
 def draw_views(n, size):
@@ -130,7 +140,9 @@ def measure(net, x, labels, parts, seed, run):
         things = checkpoint.per_patch(things, step).flatten(1).unsqueeze(2)
         place = torch.where(things > 0.5, place, math.nan)
     rows, shown = [], {}
-    for name, f in checkpoint.kinds_of_features(ibot, OURS, net, seed, run).items():
+    kinds = checkpoint.kinds_of_features(ibot, OURS, net, seed, run, centred=True)
+    kinds[SYMMETRIC] = lambda x: symmetric(kinds["pixels"](x), run.args.patch_size)
+    for name, f in kinds.items():
         centre = f(x).mean((0, 1, 2))
         *two, tokens = (f(images) - centre for images in (*views, x))
         in_views = [mutual(*pair) for pair in zip(*two)]
@@ -159,6 +171,7 @@ def draw(whole, shown, means, side):
             for value, colour in ((0, "orange"), (1, "lime")):
                 ax.plot(x[:, good == value], y[:, good == value], "o-", c=colour, ms=4)
     ax = right.subplots()
+    means = [row | {"features": row["features"].replace(" ", "\n")} for row in means]
     shared.bars(ax, means, "features", {k: k.replace("_", " ") for k in KEYS[2:]})
     ax.set_title("matches that are right, %")
     ax.legend()

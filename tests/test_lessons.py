@@ -39,7 +39,7 @@ def written(folder, name):
 
 @pytest.mark.parametrize("name, rows, own", [
     ("head", 3, "--batch-size 40"),
-    ("competing", 2, "--batch-size 20 --bits 2"),
+    ("competing", 2 * 3, "--batch-size 20 --bits 2"),
     ("circle", 2, "--batch-size 40"),
     ("augmentations", 2, "--batch-size 40"),
     ("temperature", 2, "--batch-size 40 --taus 0.2 1 --batch-sizes 40"),
@@ -134,6 +134,12 @@ def test_marks(tmp_path):
     assert (data.train.pixels[~inverted].int() - plain[~inverted].int()).abs().max() <= 1
     assert module.marks_from(Ground(), simclr, data, run) == 100
 
+    kind = functools.partial(module.MarkedRun, 3, shared=False)
+    _, data, run = train(simclr, [*argv, "--no-color", "--no-crop"], kind)
+    _, (a, b) = next(run.batches(data, 0, [common.Crop(16, scale=1.0, count=2)]))
+    agree = (a - b).abs().flatten(1).amax(1) < 0.01
+    assert 0 < agree.sum() < 20  # of 50; one in eight has the same mark twice
+
 
 def test_hidden_factors(tmp_path):
     """Planted: a goal in the features and one that is not; and the place of what is bright."""
@@ -192,6 +198,10 @@ def test_answers():
         rows = [row(linear_top1=v) | {"method": "DINO", "bits": b}
                 for b, v in ((0, 90), (1, marked))]
         assert answer(rows).startswith(holds)
+    apart, good = [row(linear_top1=v) | {"method": "DINO, mark not shared", "bits": 1}
+                   for v in (51, 80)]
+    rows[1]["linear_top1"] = 50
+    assert answer([*rows, apart]).startswith("Not") and answer([*rows, good]).startswith("Yes")
 
 
 def test_answers_of_vits_and_tasks():
@@ -466,9 +476,10 @@ def test_overlapping_patches(times):
     oracle = torch.nn.functional.conv2d(wide, net.weight, net.bias, stride=step)
     found = checkpoint.Overlapping(net, 8, times)(x)
     assert found.shape == (2, 5, 2 * times, 3 * times) and torch.allclose(found, oracle, atol=1e-5)
-    rows = checkpoint.pixels(x[..., :16], 8, step) @ net.weight.flatten(1).T + net.bias
-    assert torch.allclose(rows.movedim(3, 1), checkpoint.Overlapping(net, 8, times)(x[..., :16]),
-                          atol=1e-5)
+    one = checkpoint.Overlapping(net, 8, times)
+    for one.centred in (False, True):
+        rows = checkpoint.pixels(x[..., :16], 8, step, one.centred) @ net.weight.flatten(1).T
+        assert torch.allclose((rows + net.bias).movedim(3, 1), one(x[..., :16]), atol=1e-5)
 
 
 def test_attention_masks():
@@ -497,9 +508,9 @@ def test_ibot_patches(tmp_path, capsys):
     last = str(tmp_path / "last.pt")
     rows = module.main([last, "--images", "22", "--size", "32", *out])
     assert [row["features"] for row in rows] == [module.OURS, "random weights", "pixels",
-                                                 module.PAIRS]
+                                                 module.SYMMETRIC, module.PAIRS]
     assert all(0 <= row[k] <= 100 for row in rows for k in ("same_place", "same_part"))
-    assert 0 < rows[3]["same_place"] < 60 and len(written(tmp_path, "ibot_patches")) == 4
+    assert 0 < rows[4]["same_place"] < 60 and len(written(tmp_path, "ibot_patches")) == 5
     folder = folder_of(2, tmp_path / "images")
     row, *_ = module.main([str(tmp_path / "backbone.pt"), "--dataset", str(folder), "--size", "24",
                            *out])
@@ -507,6 +518,18 @@ def test_ibot_patches(tmp_path, capsys):
     refused("ibot_patches", capsys, last, "--size", 3, *out)
     assert "--finer 3" in refused("ibot_patches", capsys, last, "--finer", 3, *out)
     assert "none.pt" in refused("ibot_patches", capsys, tmp_path / "none.pt", *out)
+
+
+def test_symmetric_pixels():
+    """Of a mirrored image the same in mirrored order, for patches that overlap, too; and of a
+    patch by hand."""
+    module, x = lesson("ibot_patches"), draw(2, 3, 16, 16, dtype=torch.float32)
+    for step in (8, 4, 2):
+        a, b = (module.symmetric(checkpoint.pixels(images, 8, step, centred=True), 8)
+                for images in (x, x.flip(3)))
+        assert a.shape == (2, 16 // step, 16 // step, 192) and torch.equal(a, b.flip(2))
+    row = torch.tensor([1, 2, 5, 0, 0, 3, 0, 4, 9, 9, 9, 9])
+    assert module.symmetric(row, 2).tolist() == [2, 2, 5, 5, 3, 3, 4, 4, 9, 9, 9, 9]
 
 
 def test_alike():
@@ -623,10 +646,10 @@ def test_dinov2_dense(tmp_path, dinov2_run, capsys):
     last = str(dinov2_run / "last.pt")
     rows = module.main([last, "--images", "40", "--shown", "2", *out])
     table = {row["features"]: row for row in rows}
-    assert [*table] == [module.OURS, "random weights", "pixels", module.TRUTH]
+    assert [*table] == [module.OURS, "random weights", "pixels", module.PLACED, module.TRUTH]
     best = table[module.TRUTH]
     assert all(best["miou"] > row["miou"] and best["rmse"] < row["rmse"] for row in rows[:-1])
-    assert len(written(tmp_path, "dinov2_dense")) == 4
+    assert len(written(tmp_path, "dinov2_dense")) == 5
     assert "--size 3" in refused("dinov2_dense", capsys, last, "--size", "3", *out)
     assert "toys alone" in refused("dinov2_dense", capsys, last, "--dataset", tmp_path, *out)
 
@@ -645,6 +668,17 @@ def test_dinov2_dense_scores():
     assert figures["miou"] == pytest.approx(sum(each) / 3)
     assert figures["accuracy"] == pytest.approx(100 * sum(a == b for a, b in cells) / 48)
     assert figures["rmse"] == pytest.approx((sum(errors) / 48) ** 0.5)
+
+
+def test_dinov2_dense_answer():
+    """Partly, if pixels with their place are better in depth; and the place, by hand."""
+    module = lesson("dinov2_dense")
+    rows = [{"features": name, "miou": u, "miou_sd": 1, "rmse": e, "rmse_sd": 0.001, "seeds": 3}
+            for name, u, e in (("ours", 40, 0.12), ("pixels", 12, 0.15), ("placed", 13, 0.11))]
+    for floors, word in ((rows[1:], "Partly"), (rows[1:2], "Yes"), (rows[:1], "Not")):
+        assert module.answer(rows[0], *floors, count=3).startswith(word)
+    found = module.placed(torch.zeros(2, 2, 2, 3))
+    assert torch.equal(found[1, 1, 0], torch.tensor([0.0, 0, 0, 0, 0, 1, 0]))
 
 
 def test_dinov2_dense_layers():
