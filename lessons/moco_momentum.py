@@ -4,13 +4,13 @@ Slides: "Momentum Contrast (MoCo)": the keys are encoded by a moving average of 
 Paper: v1, Section 4.1: training fails with m = 0, where keys of different ages do not fit together,
 and is better the slower f_k follows, from 0.9 (55.2 % on ImageNet) to 0.999 (59.0 %).
 
-What counts is how far f_k moves while a key waits in the queue. So each m runs with two queues: the
+What may count is how far f_k moves while a key waits in the queue. So there are two queues: the
 recipe's, where a key waits for about eight steps, and one of a single batch, where it waits for
 one. With m = 1 f_k stays the random network of the start: what is learned without any following. A
 run on the built-in set has a few hundred steps, not a million, so at 0.999 f_k hardly moves either.
 
     python lessons/moco_momentum.py
-    python lessons/moco_momentum.py --dataset cifar10 --epochs 100 --queues 512
+    python lessons/moco_momentum.py --dataset cifar10 --epochs 100 --short 512
 
 Options that are not listed in --help go to moco.py. Writes lessons/moco_momentum.csv, a line per
 run, and lessons/moco_momentum.png. All results are on validation images.
@@ -32,11 +32,12 @@ TOP1 = {"linear_top1": "linear probe", "knn_top1": "k-NN"}
 def draw(whole, means):
     """means: a row for each size of the queue and each m."""
     sizes = [*dict.fromkeys(row["queue"] for row in means)]
-    axes = whole.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    counts = [sum(row["queue"] == size for row in means) for size in sizes]
+    axes = whole.subplots(1, len(sizes), sharey=True, squeeze=False, width_ratios=counts)[0]
     for ax, size in zip(axes, sizes):
         rows = [row | {"m": f"{row['m']:g}"} for row in means if row["queue"] == size]
         shared.bars(ax, rows, "m", TOP1)
-        shared.floor(ax, rows[0]["untrained_linear_top1"], "untrained, linear probe", side="left")
+        shared.floor(ax, rows[0]["untrained_linear_top1"], "untrained network, linear probe")
         ax.set(title=f"{size} keys", xlabel="m, momentum of the key encoder")
     axes[0].set(ylabel="top-1 of h, %")
     axes[0].legend(fontsize=9, ncols=2, loc="upper left")
@@ -71,23 +72,23 @@ def main(argv=None):
     p = shared.parser(__doc__, "moco_momentum", epochs=8)
     p.add_argument("--ms", type=float, nargs="+", default=[0, 0.5, 0.9, 0.99, 0.999, 1],
                    help="values of m (0 0.5 0.9 0.99 0.999 1)")
-    p.add_argument("--queues", type=int, nargs="*", default=[64],
-                   help="numbers of keys, in addition to the recipe's (64)")
+    p.add_argument("--short", **common.FROM_1, default=64, help="keys of the short queue (64)")
+    p.add_argument("--short-ms", type=float, nargs="*", default=[0, 0.9, 0.99],
+                   help="values of m with the short queue (0 0.9 0.99)")
     own, options = p.parse_known_args(argv)
     rows = []
     for seed in range(own.seeds):
-        floor, recipe = {}, None
-        for keys in (None, *own.queues):
-            if keys and keys == recipe:
-                continue  # the recipe's own
-            queue = ["--queue", keys] if keys else []
-            for m in sorted(own.ms):
-                name = f"m {m:g} {keys} keys" if keys else f"m {m:g}"
-                _, data, run = shared.train(moco, own, name, seed, [*options, *queue, "--m", m])
+        floor = {}
+        for name, ms, queue in (("m", own.ms, []),
+                                ("short m", own.short_ms, ["--queue", own.short])):
+            if queue and rows[0]["queue"] == own.short:
+                continue  # on a small set it is the recipe's
+            for m in sorted(ms):
+                flags = [*options, *queue, "--m", m]
+                _, data, run = shared.train(moco, own, f"{name} {m:g}", seed, flags)
                 if not data.labelled:
                     common.fail("these images have no labels, so there is nothing to probe")
                 floor = floor or shared.untrained(moco, data, run)
-                recipe = recipe or run.args.queue
                 rows.append(vars(run.args) | run.rows[-1] | floor)
         report(own, rows)
 

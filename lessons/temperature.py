@@ -6,9 +6,9 @@ embeddings", and "What did we learn from SimCLR?": it needs large batches. Paper
 (the smaller tau, the more uniform z).
 
 With a small tau only the nearest negatives count in the softmax, and are pushed apart. With a large
-tau all negatives weigh the same, and similar images stay together. But a small tau takes longer to
-spread z: in a short run the best tau is in the middle, whatever is best in the end. So each tau is
-trained for two durations.
+tau all negatives weigh the same, and similar images stay together. But a small tau needs longer to
+spread z: that it is behind in a short run says little of the end. So some values are trained for
+longer, too.
 
     python lessons/temperature.py
     python lessons/temperature.py --dataset cifar10 --epochs 50 --longer 4 --batch-sizes 128 2048
@@ -32,8 +32,8 @@ import simclr
 from lessons import shared
 
 BINS = 100  # of cosine similarity, from -1 to 1
-CLAIM = "Temperature decides how far z spreads and how good h is; the best tau is in the middle"
-TOP1 = {"linear_top1": "linear", "knn_top1": "k-NN"}
+CLAIM = "Temperature decides how far z spreads, and how long that takes"
+TOP1 = {"linear_top1": "linear, ", "knn_top1": "k-NN, "}
 STYLES = ["o:", "s-"]  # of the shorter and the longer runs
 COLUMNS = ("tau batch_size seed epochs alignment uniformity spread rank_z rank_h linear_top1 "
            "knn_top1 head_linear_top1 head_knn_top1 untrained_linear_top1").split()
@@ -95,6 +95,7 @@ def draw_similarities(whole, rows):
             ax.fill_between(centres, row[kind], alpha=0.5, label=label)
     for ax in axes.flat:
         ax.set(yticks=[], xlim=(-1, 1), xticks=[-1, 0, 1])
+        ax.set_visible(bool(ax.collections))
     for ax, tau in zip(axes[:, 0], taus):
         ax.set(ylabel=f"tau {tau:g}")
     for ax, epochs in zip(axes[0], durations):
@@ -110,7 +111,7 @@ def draw_sweep(ax, rows, x, columns):
         for i, (key, label) in enumerate(columns.items()):
             ax.errorbar([row[x] for row in line], [row[key] for row in line],
                         [row[f"{key}_sd"] for row in line], fmt=style, color=f"C{i}", capsize=3,
-                        label=f"{label} {epochs} epochs".strip())
+                        label=f"{label}{epochs} epochs")
     values = sorted({row[x] for row in rows})
     ax.set_xscale("log")
     ax.set_xticks(values, values)
@@ -118,18 +119,18 @@ def draw_sweep(ax, rows, x, columns):
 
 
 def answer(by_tau):
-    """Is the best tau better than both ends, and z more spread out there?"""
-    first, last = by_tau[0], by_tau[-1]
-    score = "linear_top1" if "linear_top1" in first else "spread"
-    best = max(by_tau, key=lambda row: row[score])
-    holds = all(shared.compare(best, end, score) > 0 > shared.compare(best, end, "uniformity")
-                for end in (first, last))
-    text = []
-    for row in (first, best, last):
-        text.append(f"tau {row['tau']:g}: uniformity {row['uniformity']:.1f}")
-        if score in TOP1:
-            text[-1] += f", linear probe {row[score]:.1f}, k-NN {row['knn_top1']:.1f} %"
-    return shared.answer(holds, "; ".join(text) + ".")
+    """Is z less spread out with the smallest tau than with the largest, and more in longer runs?"""
+    signs, text = [], []
+    for epochs in dict.fromkeys(row["epochs"] for row in by_tau):
+        rows = [row for row in by_tau if row["epochs"] == epochs]
+        first, last = rows[0], rows[-1]
+        signs.append(shared.compare(first, last, "uniformity"))
+        text.append(f"after {epochs} epochs uniformity is {first['uniformity']:.1f} with tau "
+                    f"{first['tau']:g} and {last['uniformity']:.1f} with {last['tau']:g}")
+        if "linear_top1" in first:
+            text[-1] += (f" (linear probe {first['linear_top1']:.1f} and "
+                         f"{last['linear_top1']:.1f} %)")
+    return shared.answer(signs == [1, -1], "; ".join(text) + ".")
 
 
 def report(own, rows, keys, recipe):
@@ -150,25 +151,26 @@ def main(argv=None):
     p.add_argument("--taus", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.5, 2.0],
                    help="values of tau (0.05 0.1 0.2 0.5 2)")
     p.add_argument("--longer", **common.FROM_1, default=6,
-                   help="how many times as many epochs the longer runs have (6; with 1: none)")
+                   help="how many times as many epochs the longer runs have (6)")
+    p.add_argument("--longer-taus", type=float, nargs="*", default=[0.05, 0.2, 2.0],
+                   help="values of tau for longer runs (0.05 0.2 2)")
     p.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 256],
                    help="at the recipe's tau, in addition to its batch size (16 256)")
     own, options = p.parse_known_args(argv)
-    long = own.epochs * own.longer
+    epochs = own.epochs * own.longer
     rows = []
     for seed in range(own.seeds):
         recipe = measure(own, "recipe", seed, options)  # the middle of both sweeps
         rows.append(recipe)
         for tau in own.taus:
-            flags = [*options, "--temperature", tau]
             if tau != recipe["tau"]:
-                rows.append(measure(own, f"tau {tau:g}", seed, flags))
-            if long > own.epochs:
-                name = f"tau {tau:g}, {long} epochs"
-                rows.append(measure(own, name, seed, [*flags, "--epochs", long]))
+                rows.append(measure(own, f"tau {tau:g}", seed, [*options, "--temperature", tau]))
         for size in own.batch_sizes:
             if size != recipe["batch_size"]:
                 rows.append(measure(own, f"batch {size}", seed, [*options, "--batch-size", size]))
+        for tau in own.longer_taus:
+            flags = ["--temperature", tau, "--epochs", epochs]
+            rows.append(measure(own, f"tau {tau:g} longer", seed, [*options, *flags]))
         keys = [k for k in COLUMNS if k in rows[0]]  # no top-1 without labels
         report(own, rows, keys, recipe)
 

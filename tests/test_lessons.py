@@ -42,11 +42,11 @@ def written(folder, name):
     ("competing", 2, "--batch-size 20 --bits 2"),
     ("circle", 2, "--batch-size 40"),
     ("augmentations", 3, "--batch-size 40"),
-    ("temperature", 4, "--batch-size 40 --taus 0.2 1 --longer 2 --batch-sizes 40"),
+    ("temperature", 3, "--batch-size 40 --taus 0.2 1 --longer 2 --longer-taus 1 --batch-sizes 40"),
     ("byol_collapse", 2, "--batch-size 40"),
     ("dino_collapse", 2 * 2, "--batch-size 20 --every 1"),
     ("teacher", 3 * 2, "--batch-size 40"),
-    ("moco_momentum", 2, "--batch-size 40 --ms 0.9"),
+    ("moco_momentum", 2, "--batch-size 40 --ms 0.9 --short-ms 0.9"),
     ("pretext_tasks", 3 + 1, "--tasks patch"),
 ])
 def test_lesson(tmp_path, monkeypatch, name, rows, own):
@@ -192,9 +192,9 @@ def test_answers():
                 row(loss=2, spread=spread, knn_top1=knn) | {"run": "no predictor", "epoch": 4}]
         assert answer(rows).startswith(holds)
     answer = lesson("temperature").answer
-    for middle, holds in ((90, "Yes"), (71, "Not")):
-        rows = [row(tau=t, uniformity=u, linear_top1=v, knn_top1=v)
-                for t, u, v in ((0.1, -10, 70), (0.2, -30, middle), (1, -20, 60))]
+    for later, holds in ((-30, "Yes"), (-18, "Not")):
+        rows = [row(tau=tau, uniformity=u, linear_top1=50) | {"epochs": epochs}
+                for epochs, small in ((4, -10), (24, later)) for tau, u in ((0.1, small), (1, -20))]
         assert answer(rows).startswith(holds)
     answer = lesson("competing").answer
     for marked, holds in ((50, "Yes"), (89, "Not")):
