@@ -153,7 +153,7 @@ def options(method, doc, table, argv=None):
       help="half precision for the networks (auto: on GPUs)")
     o("--compile", action="store_true", help="compile networks and augmentation")
     o("--out", help=f"output folder (next free runs/{method}-<dataset>-s<seed>)")
-    o("--resume", action="store_true", help="resume the last unfinished run of --out, or begin the first")
+    o("--resume", action="store_true", help="resume the last unfinished run of --out, or begin one")
     o("--init", metavar="FILE", help="start from a backbone.pt, a last.pt or released weights")
     o("--eval", metavar="FILE", help="evaluate such a file without training")
     o = p.add_argument_group("data").add_argument
@@ -832,7 +832,7 @@ def load_weights(net, args, kept="net", branch="teacher", renames=(), adapt=None
         weights = {k: v for k, v in weights.items() if k.startswith("backbone.")}
         own = {k: v for k, v in own.items() if k.startswith("backbone.")}
     fits = [k for k, v in weights.items() if k in own and v.shape == own[k].shape]
-    extra = [k for k in weights if k not in fits]
+    extra = [f"{k} {(*v.shape,)}" for k, v in weights.items() if k not in fits]
     missing = [k for k in own if k not in weights and "num_batches" not in k]  # not in old files
     print(f"{path}: {len(fits)} of {len(weights)} tensors loaded")
     if extra or missing:
@@ -902,30 +902,31 @@ def embed(f, part, crops, run, limit=math.inf):
     return [c[: len(index)] for c in columns]
 
 
-def export(f, data, crops, run):
-    """With --embed, write h = f(views)[0] (n, d) of the images of all splits as .npz, with name (of
-    the file, or a number), split and label (-1: unknown), each (n,); without broken files. classes:
-    name of each label."""
+def export(f, data, crops, run, outputs=("h",)):
+    """With --embed, write what f returns for the images of all splits as .npz, h (n, d), with name
+    (of the file, or a number), split and label (-1: unknown), each (n,); without broken files.
+    classes: name of each label."""
     if not run.args.embed:
         return
     splits = {"train": data.train} | {k: getattr(data, k)[0] for k in data.parts if k != "train"}
-    features, columns = [], {"name": [], "split": [], "label": []}
+    found, columns = [], {"name": [], "split": [], "label": []}
     for split, images in splits.items():
         every = torch.arange(len(images.labels))
-        h, i = (x.cpu() for x in embed(f, (replace(images, labels=every), every), crops, run))
+        *rows, i = (x.cpu() for x in embed(f, (replace(images, labels=every), every), crops, run))
         good = i == every  # another image stands in for a broken file
-        features.append(h[good].numpy())
+        found.append([x[good].numpy() for x in rows])
         columns["name"] += [str(images.names[j]) for j in i[good]]
-        columns["split"] += [split] * len(features[-1])
+        columns["split"] += [split] * len(i[good])
         columns["label"] += images.labels[good].tolist()
-    h = np.concatenate(features)
+    arrays = {k: np.concatenate(parts) for k, parts in zip(outputs, zip(*found))}
 
     def save(part):
         with open(part, "wb") as file:  # savez would add .npz to the name
-            np.savez(file, h=h, classes=data.classes, **columns)
+            np.savez(file, classes=data.classes, **arrays, **columns)
 
     write(run.args.embed, save)
-    print(f"{printable(run.args.embed)}: h {h.shape} of {', '.join(splits)}")
+    shapes = ", ".join(f"{k} {array.shape}" for k, array in arrays.items())
+    print(f"{printable(run.args.embed)}: {shapes} of {', '.join(splits)}")
 
 
 def finite(*parts):
@@ -1414,7 +1415,8 @@ class Images:
 class Data:
     """A set by name (the built-in one or a key of SETS) or folder: PATH/train/<class>/* with
     PATH/{val,validation} and PATH/test in the same form (without a test split, the validation split
-    is the test), or any tree of images, without labels.
+    is the test) and, beside the classes of train, images without a label; or any tree of images,
+    without labels.
 
     train: its training images; fit, val, test: (images, index) for the probes. Without a validation
     split, val is a tenth of the labelled training images of every class; without a test split
@@ -1435,7 +1437,8 @@ class Data:
         elif os.path.isdir(name):
             self._find_in_folder(Path(name))
         else:
-            fail(f"{name!r} is neither a folder nor {', '.join([BUILT_IN, *SETS])}")
+            fail(f"{name!r}, from {os.getcwd()}, is neither a folder nor "
+                 f"{', '.join([BUILT_IN, *SETS])}")
         for split, (items, labels) in self.parts.items() if limit and name != BUILT_IN else ():
             keep = shuffle(len(items))[:limit]  # from what is left after test images were held out
             self.parts[split] = [items[i] for i in keep], labels[keep]
@@ -1474,17 +1477,19 @@ class Data:
             found = files if root / split == top else find_images(root / split)[0]
             of = {f: f.split(os.sep)[place] for f in found}
             other = sorted({*of.values()} - {*classes})  # also images beside the folders
-            if other:
+            if other and root / split != top:
                 fail(f"{root / split} has images of no class of train: {shortened(other)}")
             found.sort(key=of.get)
-            labels = torch.tensor([classes[of[f]] for f in found])
+            labels = torch.tensor([classes.get(of[f], -1) for f in found])
             self._add(SPLITS[split.lower()], found, labels)
         if not classes:
             self._add("train", files, torch.full((len(files),), -1))
         if classes and "test" not in self.parts:  # ImageNet's validation split is the test
             self.parts["test"] = self.parts.pop("val", None) or self._split_off_test()
+        loose = int((self.parts["train"][1] < 0).sum())
+        loose = f", {loose:,} training images of none" if loose else ""
         kinds = [f"no train/<class>/*, so no labels: all of {top} is for training",
-                 "one class only, so accuracies say nothing", f"{len(classes)} classes"]
+                 "one class only, so accuracies say nothing", f"{len(classes)} classes{loose}"]
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
         unused = sorted({*folders} - {*entered, top.name}) if top != root else []
         print(printable(f"{root}: {kinds[min(len(classes), 2)]}; images: {counts}; {others} other "
@@ -1499,6 +1504,8 @@ class Data:
         print("no test folder: a tenth of the training images of every class is held out")
         files, labels = self.parts["train"]
         kept, tenth = hold_out(labels)
+        known = labels[tenth] >= 0  # the others stay
+        kept, tenth = torch.cat([kept, tenth[~known]]), tenth[known]
         self.parts["train"] = [files[i] for i in kept], labels[kept]
         return [files[i] for i in tenth] or fail("too few training images"), labels[tenth]
 

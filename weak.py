@@ -71,9 +71,10 @@ Where this file departs from the papers:
     pseudo        94.4    89.3      99.7    10 labels per class
 """
 
+import csv
 import math
+import os
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -101,7 +102,8 @@ NETWORKS = {  # task: the method's network, in noisy its peer, then those of flo
 OPTIONS = {  # fmt: skip
     # option         built-in     to 64 px     larger       allowed         meaning
     "task":         ("labeling",  "labeling",  "labeling",  one_of(NETWORKS), "what is known"),
-    "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"}, "labeling: a file"),
+    "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"},
+                     "labeling: file of lines of an image's name and its votes, -1: none"),
     "label_model":  ("by-class",  "em",        "em",        "em|by-class|triplets", "labeling"),
     "pool":         ("attention", "attention", "attention", "attention|gated|max|mean|noisy-or",
                      "bags: how images are pooled"),
@@ -331,18 +333,23 @@ def rules(x):
     return torch.stack(votes, 1)
 
 
-def read_votes(path, n):
-    """Votes (n, m) from a file: a row for each training image, in the order of the set, which is
-    that of `name` in the file of --embed."""
+def read_votes(path, names):
+    """Votes (n, m) of the images with these names, of files or numbers: each line of the file is a
+    name and m votes."""
     try:
-        votes = torch.from_numpy(np.loadtxt(path, delimiter=",", ndmin=2))
-    except (OSError, ValueError) as error:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = {os.path.abspath(line[0]): line[1:] for line in csv.reader(file) if line}
+        places = [os.path.abspath(str(name)) for name in names]
+        missing = [place for place in places if place not in lines]
+        if missing:
+            common.fail(f"--votes {path} has no line for {len(missing)} of {len(names)} training "
+                        f"images: {common.shortened(missing)}")
+        votes = torch.tensor([[int(vote) for vote in lines[place]] for place in places])
+    except (OSError, ValueError, csv.Error) as error:
         common.fail(f"--votes {path} cannot be read: {error}")
-    if len(votes) != n:
-        common.fail(f"--votes {path} has {len(votes)} rows, and there are {n} training images")
-    if not torch.isin(votes, torch.arange(-1, 1000)).all():
+    if not votes.numel() or votes.min() < -1 or votes.max() > 999:
         common.fail(f"--votes {path}: votes are classes from 0 to 999, or -1 for none")
-    return votes.long()
+    return votes
 
 
 # Labelling: the label model -----------------------------------------------------------------------
@@ -587,13 +594,15 @@ def labeling(args, data, run):
     if args.votes == "rules":
         votes = rules(data.train.pixels.cpu() / 255)
     else:
-        votes = read_votes(args.votes, args.images)
+        votes = read_votes(args.votes, data.train.names)
     C = args.classes = max(args.classes, 1 + int(votes.max()))
     if C < 2:
         common.fail("the sources vote for one class at most, so there is nothing to learn")
     if args.label_model == "triplets" and (C > 2 or votes.shape[1] < 3):
         common.fail(f"triplets need 3 or more sources and 2 classes, not {votes.shape[1]} and {C}")
-    _, labels = label_model(votes, C, args.label_model)
+    accuracies, labels = label_model(votes, C, args.label_model)
+    print("of the votes of each source, judged by their agreement, are right (%):",
+          *(f"{100 * a:.0f}" for a in accuracies.tolist()))
     truth = F.one_hot(data.train.labels + 1, C + 1)[:, 1:]  # all 0, so no loss, if unknown
     targets = torch.stack([labels, majority(votes, C), truth]).float().to(run.device)
     voted = (votes >= 0).any(1)  # the other images are left out
@@ -704,8 +713,6 @@ def check(args, data, run):
         common.fail("--labelled is for the probes of other files: weak labels belong to --dataset")
     if args.eval:
         return
-    if args.votes != "rules" and data.numbers:
-        common.fail("--votes FILE has a row for every training image: not with --limit")
     part = {"bags": args.bag_size, "pseudo": 1 + args.mu}.get(args.task, 1)
     if args.batch_size < part or args.batch_size // part % run.world:
         common.fail(f"--batch-size {args.batch_size} has to hold {part} images for each of "
@@ -744,7 +751,9 @@ def train(args, run):
     args.classifies = common.load_weights(net, args, mean=MEAN)  # from --init or --eval, if given
     for other in net.others.values() if not args.classifies else ():  # only a backbone was loaded
         other.backbone.load_state_dict(net.backbone.state_dict())
-    if made.get("names", args.names) != args.names:
+    theirs = made.get("names")  # none if its images had no labels
+    same = theirs == args.names if theirs else len(args.names) == args.classes
+    if args.eval and args.names and not same:
         print("the file was trained on other classes than these: no accuracies")
         args.classifies = False
     net = run.place(net)  # on the device; batch norm spans all GPUs
@@ -821,6 +830,14 @@ def scores(net, part, args, run):
     return results
 
 
+def answer(net, x, args):
+    """x (n, 3, S, S) -> h (n, d) and, of a trained classifier, p (n, C) of the classes."""
+    h = net.backbone(x)
+    if args.task == "bags" or (args.eval and args.random_head):
+        return [h]
+    return [h, net.head(h).softmax(1)]
+
+
 def evaluate(net, data, args, run, test=False):
     """Is h healthy, and how well do the networks classify, the method's next to floor and ceiling?
 
@@ -851,7 +868,7 @@ def evaluate(net, data, args, run, test=False):
         results |= found
     if test:
         crop = [common.Crop(args.image_size, 1.0)]
-        common.export(lambda x: [net.backbone(*x)], data, crop, run)  # with --embed
+        common.export(lambda x: answer(net, *x, args), data, crop, run, ["h", "p"])  # with --embed
     net.train()
     return run.report(results, test)
 

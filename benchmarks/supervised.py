@@ -5,7 +5,8 @@
     python benchmarks/supervised.py dino --dataset cifar10 --compile        the same for a ViT
 
 The options are those of METHOD.py (`supervised.py simclr --help` lists them), whose network, data,
-epochs, batch and evaluation are used; what only its loss needs has no effect, nor has --eval-every. What differs (OWN):
+epochs, batch and evaluation are used; what only its loss needs, and --eval-every, have no effect.
+What differs (OWN):
 
   - All training images are used, as in the method. Nothing is tuned on any others: the test set is
     read once, after the last epoch.

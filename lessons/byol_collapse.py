@@ -47,7 +47,10 @@ def draw(whole, means):
         shared.lines(ax, means, "run", "epoch", key)
         shared.floor(ax, *levels[key])
         ax.set(title=title)
-        ax.set_ylim(bottom=0)
+        if key == "loss":  # a collapsed network's is close to 0
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(bottom=0)
     whole.axes[0].legend(fontsize=8, loc="center right")
 
 

@@ -28,8 +28,7 @@ import common
 import simclr
 from lessons import shared
 
-CLAIM = ("The head g discards what flips and jitter change, so h does not have to: "
-         "that is why h is used")
+CLAIM = "The head g discards what flips and jitter change, so h does not have to"
 HEADS = ["none", "linear", "mlp"]
 FACTORS = ["x", "y", "radius", "lightness"]
 OF = ["untrained", "h", "z"]

@@ -39,8 +39,8 @@ MISTAKES = [
     Mistake("your loss counts each view's similarity with itself", "simclr.py", "nt_xent",
             "    s.fill_diagonal_(-math.inf)  # k != i\n", "",
             SIMCLR + "test_nt_xent_equation",
-            "CIFAR-10 stayed at 88.5 % and rose to about 92 % with a mask.",
-            "Lightning-Universe/lightning-bolts#695"),
+            "e^(1/tau) outweighs the other terms of the denominator, and the gradient is small.",
+            "Lightning-Universe/lightning-bolts#609"),
     Mistake("your loss takes a neighbouring row for the positive", "simclr.py", "nt_xent",
             ".roll(len(z1))", ".bitwise_xor(1)",
             SIMCLR + "test_nt_xent_equation",
@@ -51,13 +51,15 @@ MISTAKES = [
             "s_pos = s.gather(1, j[:, None])[:, 0]\n"
             "    return (s.scatter(1, j[:, None], -math.inf).logsumexp(1) - s_pos).mean()",
             SIMCLR + "test_nt_xent_equation",
-            "The loss falls below 0 and pulls on pairs that are close already.",
+            "The loss falls below 0 and pulls on pairs that are close already. It is the loss "
+            "of decoupled contrastive learning (arXiv 2110.06848).",
             "danielward27/flowjax#164"),
     Mistake("your loss takes negatives from the other view only", "simclr.py", "nt_xent",
             "    s.fill_diagonal_(-math.inf)  # k != i\n",
             "    s[: len(z1), : len(z1)] = s[len(z1) :, len(z1) :] = -math.inf\n",
             SIMCLR + "test_nt_xent_equation",
-            "Where nothing is learned the loss is ln N, not ln(2N - 1).",
+            "Where nothing is learned the loss is ln N, not ln(2N - 1). MoCo v3 (arXiv 2104.02057) "
+            "has this loss.",
             "catalyst-team/catalyst#1278"),
     Mistake("your loss takes only one view of each image as anchor", "simclr.py", "nt_xent",
             "F.cross_entropy(s, j)", "F.cross_entropy(s[: len(z1)], j[: len(z1)])",

@@ -1428,6 +1428,18 @@ def test_folders_that_lack_images_fail_at_once(tmp_path, capsys, counts, word):
     assert word in fails(go, capsys)
 
 
+def test_images_beside_the_classes_have_no_label(tmp_path, capsys):
+    """They are for training: no probe is fitted, chosen or tested on one."""
+    data = common.Data(tree(tmp_path, train=31, train__a=20, train__b=20))
+    assert "2 classes, 31 training images of none; images: train 67, test 4" in (
+        capsys.readouterr().out)
+    data.read(*READ)
+    assert (data.train.labels == -1).sum() == 31 and data.classes == ["a", "b"]
+    assert all((images.labels[index] >= 0).all() for images, index in data.splits(test=True))
+    for name, label in zip(data.train.names, data.train.labels.tolist()):
+        assert os.path.basename(os.path.dirname(name)) == ["a", "b", "train"][label]
+
+
 def test_hold_out():
     labels = torch.tensor([0] * 60 + [1] + [2] * 2 + [3] * 11)
     kept, tenth = common.hold_out(labels)

@@ -182,3 +182,14 @@ def test_course(tmp_path, capsys):
     assert exercise.grade(found[0]) == "lr_at is still to be written"
     for argv in ([], ["simclr"], ["simclr", "train"], ["weak", "nt_xent"]):
         assert "--list" in fails(lambda argv=argv: exercise.main(argv), capsys)
+
+
+def test_table_of_the_slides():
+    """The numbers of the exercises in lessons/README.md: every one once, beside its file."""
+    text = (ROOT / "lessons" / "README.md").read_text()
+    found = {}
+    for file, numbers in re.findall(r"^\|[^|]+\| `(\w+)\.py` \|.*\| ([\d, -]+) \|$", text, re.M):
+        for part in numbers.split(", "):
+            first, *last = map(int, part.split("-"))
+            found |= dict.fromkeys(range(first, *(n + 1 for n in last or [first])), file)
+    assert found == {n: file for n, (file, _) in enumerate(exercise.COURSE, 1)}

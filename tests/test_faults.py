@@ -321,7 +321,6 @@ def test_flat_splits_and_no_splits(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("counts, word", [
-    (dict(train=2), "train has images of no class of train: 0.png, 1.png"),
     (dict(test=1, test__a=2), "test has images of no class of train: 0.png"),
     (dict(val__images=2), "val has images of no class of train: images"),
     (dict(test=3), "test has images of no class"),

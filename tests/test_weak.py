@@ -2,9 +2,13 @@
 
 import contextlib
 import copy
+import csv
 import io
 import itertools
 import math
+import os
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -268,16 +272,17 @@ def test_rules_on_the_built_in_set():
 
 def test_read_votes(tmp_path, capsys):
     path = tmp_path / "votes.csv"
-    path.write_text("0,-1\n2,1\n-1,-1\n")
-    assert weak.read_votes(path, 3).tolist() == [[0, -1], [2, 1], [-1, -1]]
-    assert "3 rows" in fails(lambda: weak.read_votes(path, 4), capsys)
-    for text in ("0,x\n", "0,1\n2\n"):
+    path.write_text("0,0,-1\n1,2,1\n2,-1,-1\n")
+    assert weak.read_votes(path, range(3)).tolist() == [[0, -1], [2, 1], [-1, -1]]
+    words = fails(lambda: weak.read_votes(path, ["3", "0", "./2", "a/b"]), capsys)
+    assert "no line for 2 of 4 training images" in words and f"{os.getcwd()}/a/b" in words
+    for text in ("0,x\n1,1\n", "0,0,1\n1,2\n", "0,0.5\n1,1\n", "0,\n1,1\n"):
         path.write_text(text)
-        assert "cannot be read" in fails(lambda: weak.read_votes(path, 1), capsys), text
-    for text in ("0,-2\n", "0,1000\n", "0.5\n", "nan\n"):
+        assert "cannot be read" in fails(lambda: weak.read_votes(path, range(2)), capsys), text
+    for text in ("0,-2\n", "0,1000\n", "0\n"):
         path.write_text(text)
-        assert "from 0 to 999" in fails(lambda: weak.read_votes(path, 1), capsys), text
-    assert "cannot be read" in fails(lambda: weak.read_votes(tmp_path / "none.csv", 1), capsys)
+        assert "from 0 to 999" in fails(lambda: weak.read_votes(path, range(1)), capsys), text
+    assert "cannot be read" in fails(lambda: weak.read_votes(tmp_path / "none.csv", [1]), capsys)
 
 
 # ==================================================================================================
@@ -819,19 +824,67 @@ def test_resume(task, tmp_path):
     assert same(whole["state"], parts["state"]) and whole["progress"]["step"] == 6
 
 
-def test_votes_from_a_file(tmp_path):
-    """The truth as a source, a poor one and one that abstains: the end model learns of labels."""
-    path, data = tmp_path / "votes.csv", {}
+def test_votes_from_a_file(tmp_path, monkeypatch):
+    """The votes of an image are those beside its name, whatever the order, the header, the spelling
+    of the path, and lines of other files. --embed writes the answers beside the features."""
+    folder, seen = tmp_path / "a photo, or two", {}
+    folder.mkdir()
+    for i in range(40):
+        Image.fromarray(np.full((20, 20, 3), 6 * i, np.uint8)).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    rows = [[f"./{folder.name}/{i}.png", i % 3, -1, (i + i % 2) % 3] for i in range(40)]
+    path = tmp_path / "votes.csv"
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["image", *"abc"], [], *rows[::-1], ["other.png", "x"]])
+    model = weak.label_model
+    monkeypatch.setattr(weak, "label_model", lambda votes, *rest: (
+        seen.update(votes=votes), model(votes, *rest))[1])
+    _, out = quiet(weak, [*TINY, "--dataset", folder, "--votes", path, "--limit", 30, "--out",
+                          tmp_path / "run", "--embed", tmp_path / "h.npz"])
+    assert re.search(r"are right \(%\): \d+ nan \d+\n", out), out
+    saved = np.load(tmp_path / "h.npz")
+    i = [int(os.path.basename(name).removesuffix(".png")) for name in saved["name"]]
+    assert sorted(i) != i and len(i) == 30
+    assert seen["votes"].tolist() == [rows[j][1:] for j in i]
+    assert saved["p"].shape == (30, 3)
+    assert close(torch.tensor(saved["p"]).sum(1), torch.ones(30), 1e-5)
 
-    class Reading(common.Run):
-        def restore(self, state):
-            data.update(vars(self.args))
-            super().restore(state)
 
-    np.savetxt(path, np.tile([[2, -1, 1]], (60, 1)), fmt="%d", delimiter=",")
-    argv = [*SHORT, "--votes", path, "--label-model", "em", "--out", tmp_path / "run"]
-    net, _, run = train(weak, argv, Reading)
-    assert data["classes"] == 10 and math.isfinite(run.rows[0]["loss"])
+def test_classes_that_votes_alone_have_named(tmp_path):
+    """A run on images without labels is tested on a set that has some."""
+    images, _, *_ = common.toys(60, 20, 0)
+    for i, image in enumerate(images):
+        for place in (tmp_path / "photos", tmp_path / "labelled" / "train" / str(i % 3)):
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.byte().permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+    path = tmp_path / "votes.csv"
+    path.write_text("".join(f"{tmp_path}/photos/{i}.png,{i % 3},{i % 3}\n" for i in range(60)))
+    quiet(weak, [*TINY, "--votes", path, "--dataset", tmp_path / "photos", "--out",
+                 tmp_path / "run"])
+    results, _ = quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset",
+                              tmp_path / "labelled", "--out", tmp_path / "eval"])
+    assert 0 <= results["label_model_accuracy"] <= 100
+    shutil.rmtree(tmp_path / "labelled" / "train" / "1")
+    results, out = quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset",
+                                tmp_path / "labelled", "--out", tmp_path / "eval"])
+    assert "other classes" in out and "label_model_accuracy" not in results
+    quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset", tmp_path / "photos",
+                 "--embed", tmp_path / "h.npz", "--out", tmp_path / "eval"])
+    assert np.load(tmp_path / "h.npz")["p"].shape == (48, 3)
+
+
+def test_few_labels_and_many_images_without(tmp_path):
+    """--task pseudo on a folder in which only some images have a class."""
+    images, labels, *_ = common.toys(90, 20, 0)
+    for i, (image, label) in enumerate(zip(images, labels % 2)):
+        place = tmp_path / "images" / "train" / ("ab"[label] if i < 30 else "")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.byte().permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+    results, out = quiet(weak, [*TINY, "--task", "pseudo", "--mu", 3, "--labels", 100, "--dataset",
+                                tmp_path / "images", "--limit", 90, "--out", tmp_path / "run"])
+    few, every = map(int, re.search(r"(\d+) of (\d+) images have a label", out).groups())
+    assert "60 training images of none" in out and 20 < few < 30 and every == few + 60
+    assert 0 <= results["pseudo_accuracy"] <= 100
 
 
 def test_all_networks_start_alike(tmp_path, capsys):
@@ -877,11 +930,11 @@ def test_votes_that_say_nothing(votes, words, tmp_path, capsys):
     folder.mkdir()
     for i in range(20):
         Image.fromarray(np.full((20, 20, 3), 12 * i, np.uint8)).save(folder / f"{i}.png")
-    np.savetxt(tmp_path / "votes.csv", np.tile([votes], (20, 1)), fmt="%d", delimiter=",")
+    (tmp_path / "votes.csv").write_text("".join(
+        f"{file},{','.join(map(str, votes))}\n" for file in folder.iterdir()))
     argv = [*TINY[:4], "--image-size", 16, "--dataset", folder, "--votes", tmp_path / "votes.csv",
             "--label-model", "triplets", "--out", tmp_path / "run"]
     assert words in refused(weak, argv, capsys)
-    assert "not with --limit" in refused(weak, [*argv, "--limit", 20], capsys)
 
 
 @pytest.mark.parametrize("flags, words", [
