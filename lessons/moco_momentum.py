@@ -53,10 +53,11 @@ def answer(means):
         floor = {k: first[f"untrained_{k}"] for k in ("linear_top1", "linear_top1_sd")}
         fails = shared.compare(first, first | floor, "linear_top1") <= 0
         held.append(fails and all(shared.compare(best, first, key) > 0 for key in TOP1))
-        text.append(f"with {size} keys, m = {first['m']:g} ends at {first['linear_top1']:.1f} % "
-                    f"and m = {best['m']:g} at {best['linear_top1']:.1f} %")
+        ends = " and ".join(f"m = {row['m']:g} ends at {row['linear_top1']:.0f} ± "
+                            f"{row['linear_top1_sd']:.0f} %" for row in (first, best))
+        text.append(f"with {size} keys {ends}")
     holds = all(held) or (None if any(held) else False)
-    return shared.answer(holds, "; ".join(text) + ".")
+    return shared.answer(holds, f"{'; '.join(text)}.")
 
 
 def report(own, rows):
