@@ -1,13 +1,14 @@
-"""Which augmentations to compose: crop and colour together do best (SimCLR).
+"""Which augmentations help: crop and colour together, and hardly anything else (SimCLR).
 
 Slides: "What did we learn from SimCLR?": using strong data augmentations is really important for
 learning good features. Paper: Section 3.1, Figures 5 and 6: no augmentation is enough on its own,
 and crop and colour are the best pair, because crops of one image share their colours, a shortcut
 that colour jitter closes.
 
-Five augmentations, alone (the diagonal) and in pairs, for the same number of steps: crop and colour
-jitter are simclr.py's own; blur, rotations by 90 degrees ("turn") and noise are added here. Flips
-stay on. In the paper all images are cropped, and the rest is done to one view only, here to both.
+Five augmentations, alone (the diagonal) and in pairs, and none, for the same number of steps: crop
+and colour jitter are simclr.py's own; blur, rotations by 90 degrees ("turn") and noise are added
+here. Flips stay on, with none, too: two views are then one image, half of the time mirrored. In the
+paper all images are cropped, and the rest is done to one view only, here to both.
 
     python lessons/augmentations.py
     python lessons/augmentations.py --dataset cifar10 --epochs 50
@@ -28,9 +29,10 @@ import common
 import simclr
 from lessons import shared
 
-CLAIM = "No augmentation is enough on its own; crop and colour are the best pair"
+CLAIM = "Strong augmentations are important, above all crop with colour"
 NAMES = ["crop", "colour", "blur", "turn", "noise"]
-PAIRS = [*itertools.combinations_with_replacement(NAMES, 2)]  # two equal ones: alone
+NONE = ("none", "none")
+PAIRS = [NONE, *itertools.combinations_with_replacement(NAMES, 2)]  # two equal ones: alone
 KEYS = ["linear_top1", "knn_top1", "untrained_linear_top1"]
 
 
@@ -69,39 +71,54 @@ class AddedRun(common.Run):
             yield step, views
 
 
+def without(means):
+    """The row without augmentation."""
+    return next(row for row in means if (row["first"], row["second"]) == NONE)
+
+
 def draw(whole, means):
     """means: a row for each pair."""
     ax = whole.subplots()
-    cells = torch.full((len(NAMES), len(NAMES)), torch.nan)
+    cells, none = torch.full((len(NAMES), len(NAMES)), torch.nan), without(means)
     for row in means:
+        if row is none:
+            continue
         i, j = NAMES.index(row["first"]), NAMES.index(row["second"])
         cells[i, j] = cells[j, i] = row["linear_top1"]
         spread = f"\n± {row['linear_top1_sd']:.1f}" if row["seeds"] > 1 else ""
+        weight = "bold" if shared.compare(row, none, "linear_top1") else "normal"
         for x, y in {(i, j), (j, i)}:
             ax.text(x, y, f"{row['linear_top1']:.1f}{spread}", ha="center", va="center",
-                    fontsize=9, bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1.5})
-    floor = means[0]["untrained_linear_top1"]
-    shown = ax.imshow(cells, vmin=floor, cmap="viridis")
+                    fontsize=10, weight=weight,
+                    bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1.5})
+    level, floor = none["linear_top1"], none["untrained_linear_top1"]
+    reach = max(abs(row["linear_top1"] - level) for row in means) + 1
+    shown = ax.imshow(cells, vmin=level - reach, vmax=level + reach, cmap="PuOr_r")
     bar = whole.colorbar(shown, label="linear probe of h, %")
-    bar.ax.set_title(f"untrained\n{floor:.1f}", y=-0.14, fontsize=8)
+    bar.ax.set_ylim(top=100)
+    bar.ax.axhline(level, c="black", ls=":")
+    ax.set_title(f"dotted: no augmentation, {level:.1f} ± {none['linear_top1_sd']:.1f}; "
+                 f"untrained network, {floor:.1f}", fontsize=10)
     ax.set_xticks(range(len(NAMES)), NAMES)
     ax.set_yticks(range(len(NAMES)), NAMES)
-    ax.set(xlabel="on the diagonal: alone")
+    ax.set(xlabel="on the diagonal: alone; bold: differs from none by more than the noise")
 
 
 def answer(means):
-    """Is crop + colour above every single augmentation, and the best pair?"""
+    """Is crop + colour above all the others, and how many of those are above no augmentation?"""
     by_name = {(row["first"], row["second"]): row for row in means}
-    ours = by_name["crop", "colour"]
-    ranked = sorted(means, key=lambda row: -row["linear_top1"])
-    second = next(row for row in ranked if row is not ours)
-    single = next(row for row in ranked if row["first"] == row["second"])
-    text = f"crop and colour {ours['linear_top1']:.1f} %"
-    for row, kind in ((second, "the next best"), (single, "the best alone")):
-        name = " and ".join(dict.fromkeys((row["first"], row["second"])))
-        text += f", {kind} ({name}) {row['linear_top1']:.1f} %"
-    above = [shared.compare(ours, row, "linear_top1") > 0 for row in (second, single)]
-    return shared.answer(all(above), text + ".")
+    ours, none = by_name["crop", "colour"], by_name[NONE]
+    others = [row for row in means if row is not ours and row is not none]
+    second = max(others, key=lambda row: row["linear_top1"])
+    best = all(shared.compare(ours, row, "linear_top1") > 0 for row in (second, none))
+    above, below = (sum(shared.compare(row, none, "linear_top1") == sign for row in others)
+                    for sign in (1, -1))
+    holds = best and (above == len(others) or None)
+    name = " and ".join(dict.fromkeys((second["first"], second["second"])))
+    return shared.answer(holds, (
+        f"crop and colour {ours['linear_top1']:.1f} %, the next best ({name}) "
+        f"{second['linear_top1']:.1f} %, none {none['linear_top1']:.1f} %. Of the other "
+        f"{len(others)}, {above} are above none by more than the noise, {below} below."))
 
 
 def report(own, rows):

@@ -41,12 +41,12 @@ def written(folder, name):
     ("head", 3, "--batch-size 40"),
     ("competing", 2 * 3, "--batch-size 20 --bits 2"),
     ("circle", 2, "--batch-size 40"),
-    ("augmentations", 2, "--batch-size 40"),
-    ("temperature", 2, "--batch-size 40 --taus 0.2 1 --batch-sizes 40"),
+    ("augmentations", 3, "--batch-size 40"),
+    ("temperature", 3, "--batch-size 40 --taus 0.2 1 --longer 2 --longer-taus 1 --batch-sizes 40"),
     ("byol_collapse", 2, "--batch-size 40"),
     ("dino_collapse", 2 * 2, "--batch-size 20 --every 1"),
     ("teacher", 3 * 2, "--batch-size 40"),
-    ("moco_momentum", 1, "--batch-size 40 --ms 0.9"),
+    ("moco_momentum", 2, "--batch-size 40 --ms 0.9 --short-ms 0.9"),
     ("pretext_tasks", 3 + 1, "--tasks patch"),
 ])
 def test_lesson(tmp_path, monkeypatch, name, rows, own):
@@ -54,7 +54,8 @@ def test_lesson(tmp_path, monkeypatch, name, rows, own):
     for table in {"RUNS", "ROWS"} & vars(module).keys():
         first, *_, last = getattr(module, table).items()
         monkeypatch.setattr(module, table, dict([first, last]))  # the others take as long again
-    monkeypatch.setattr(module, "PAIRS", [("crop", "crop"), ("crop", "colour")], raising=False)
+    pairs = [("none", "none"), ("crop", "crop"), ("crop", "colour")]
+    monkeypatch.setattr(module, "PAIRS", pairs, raising=False)
     module.main([*TINY, "--seeds", "1", *own.split(), "--runs", str(tmp_path / "runs"), "--out",
                  str(tmp_path)])
     found = written(tmp_path, name)
@@ -179,8 +180,16 @@ def test_answers():
         return {"seeds": 3} | figures | {f"{k}_sd": 1.0 for k in figures}
 
     answer = lesson("moco_momentum").answer
-    for last, holds in ((90, "Yes"), (51, "Not")):
-        rows = [row(m=m, linear_top1=v, knn_top1=v) for m, v in ((0, 50), (0.9, last), (0.99, 40))]
+    for short, last, holds in ((50, 90, "Yes"), (60, 90, "Partly"), (50, 51, "Not")):
+        rows = [row(m=m, linear_top1=v, knn_top1=v, untrained_linear_top1=50) | {"queue": keys}
+                for keys, first in ((500, 50), (64, short))
+                for m, v in ((0, first), (0.9, last), (0.99, 40))]
+        assert answer(rows).startswith(holds)
+    answer = lesson("augmentations").answer
+    for alone, pair, holds in ((70, 90, "Yes"), (61, 90, "Partly"), (91, 90, "Not"),
+                               (40, 60, "Not")):
+        rows = [row(linear_top1=v) | dict(zip(("first", "second"), names)) for names, v in (
+            (("none", "none"), 60), (("crop", "crop"), alone), (("crop", "colour"), pair))]
         assert answer(rows).startswith(holds)
     answer = lesson("byol_collapse").answer
     for spread, knn, holds in ((0.01, 20, "Yes"), (0.5, 20, "Not"), (0.01, 60, "Not")):
@@ -189,9 +198,9 @@ def test_answers():
                 row(loss=2, spread=spread, knn_top1=knn) | {"run": "no predictor", "epoch": 4}]
         assert answer(rows).startswith(holds)
     answer = lesson("temperature").answer
-    for middle, holds in ((90, "Yes"), (71, "Not")):
-        rows = [row(tau=t, uniformity=u, linear_top1=v, knn_top1=v)
-                for t, u, v in ((0.1, -10, 70), (0.2, -30, middle), (1, -20, 60))]
+    for later, holds in ((-30, "Yes"), (-18, "Not")):
+        rows = [row(tau=tau, uniformity=u, linear_top1=50) | {"epochs": epochs}
+                for epochs, small in ((4, -10), (24, later)) for tau, u in ((0.1, small), (1, -20))]
         assert answer(rows).startswith(holds)
     answer = lesson("competing").answer
     for marked, holds in ((50, "Yes"), (89, "Not")):
