@@ -1688,7 +1688,8 @@ def test_sets_of_torchvision(monkeypatch, tmp_path, name, kind, shape):
 
 def test_a_set_that_is_not_there(monkeypatch, tmp_path, capsys):
     for name in ("cifar11", ""):
-        assert f"'{name}' is neither" in fails(lambda: common.Data(name), capsys)  # noqa: B023
+        error = fails(lambda: common.Data(name), capsys)  # noqa: B023
+        assert f"'{name}', from {os.getcwd()}, is neither" in error
     monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **__: 1 / 0)
     error = fails(lambda: common.Data("cifar10", tmp_path), capsys)
     assert "cifar10" in error and "division" in error and str(tmp_path) in error
