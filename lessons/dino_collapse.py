@@ -32,7 +32,7 @@ RUNS = {
     "no sharpening": ["--no-sharpening"],
 }
 COLLAPSES = {"no centring": "one-hot teacher", "no sharpening": "uniform teacher"}
-TERMS = {"loss": "", "entropy": "entropy of the teacher", "kl": "KL(teacher, student)"}
+TERMS = {"loss": "", "entropy": "entropy of the teacher, nats", "kl": "KL(teacher, student), nats"}
 FLOOR = "untrained_knn_top1"
 
 
