@@ -1487,7 +1487,7 @@ class Data:
         if classes and "test" not in self.parts:  # ImageNet's validation split is the test
             self.parts["test"] = self.parts.pop("val", None) or self._split_off_test()
         loose = int((self.parts["train"][1] < 0).sum())
-        loose = f", {loose:,} training images of none" if loose else ""
+        loose = f", {loose:,} training images without a label" if loose else ""
         kinds = [f"no train/<class>/*, so no labels: all of {top} is for training",
                  "one class only, so accuracies say nothing", f"{len(classes)} classes{loose}"]
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())

@@ -51,8 +51,8 @@ GUARDS = {  # a task, and below it the same without a guard
     "view": "--task view",
     "the target moves": "--task view --without fixed",
 }
-CLAIMS = ("Every pretext task teaches something about the class, but very unequally in as many "
-          "epochs",
+CLAIMS = ("Every pretext task teaches something about the class, some far more in the same "
+          "number of epochs",
           "A task without its guard against shortcuts teaches less")
 KEYS = ["name", "seed", "loss", "accuracy", "linear_top1", "knn_top1", "rank_h", "seconds"]
 FLOORS = {"untrained": "untrained network", "pixels": "pixels", "with labels": "with labels"}
@@ -113,7 +113,8 @@ def draw(whole, means, epochs):
             shared.floor(ax, row[key], FLOORS[row["name"]], side)
         ax.set(ylabel=f"{label} top-1 of h, %")
         ax.margins(x=0.13)
-    right.tick_params("x", rotation=20)
+    for label in right.get_xticklabels():
+        label.set(rotation=20, ha="right", rotation_mode="anchor")
     unguarded = any(row["name"] not in TASKS for row in tasks)
     right.set(xlabel=f"after {epochs} epochs" + unguarded * "; orange: without a guard")
 

@@ -1431,8 +1431,8 @@ def test_folders_that_lack_images_fail_at_once(tmp_path, capsys, counts, word):
 def test_images_beside_the_classes_have_no_label(tmp_path, capsys):
     """They are for training: no probe is fitted, chosen or tested on one."""
     data = common.Data(tree(tmp_path, train=31, train__a=20, train__b=20))
-    assert "2 classes, 31 training images of none; images: train 67, test 4" in (
-        capsys.readouterr().out)
+    told = "2 classes, 31 training images without a label; images: train 67, test 4"
+    assert told in capsys.readouterr().out
     data.read(*READ)
     assert (data.train.labels == -1).sum() == 31 and data.classes == ["a", "b"]
     assert all((images.labels[index] >= 0).all() for images, index in data.splits(test=True))

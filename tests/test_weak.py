@@ -883,7 +883,7 @@ def test_few_labels_and_many_images_without(tmp_path):
     results, out = quiet(weak, [*TINY, "--task", "pseudo", "--mu", 3, "--labels", 100, "--dataset",
                                 tmp_path / "images", "--limit", 90, "--out", tmp_path / "run"])
     few, every = map(int, re.search(r"(\d+) of (\d+) images have a label", out).groups())
-    assert "60 training images of none" in out and 20 < few < 30 and every == few + 60
+    assert "60 training images without a label" in out and 20 < few < 30 and every == few + 60
     assert 0 <= results["pseudo_accuracy"] <= 100
 
 
