@@ -13,6 +13,7 @@ import argparse
 import atexit
 import codecs
 import contextlib
+import difflib
 import errno
 import functools
 import inspect
@@ -40,6 +41,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torchvision import datasets
 from torchvision.utils import save_image
 
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("error: Python 3.10 or newer is needed")
 tqdm = None  # without it there is no progress bar, only one line per epoch
 with contextlib.suppress(ImportError):
     from tqdm import tqdm
@@ -89,7 +92,13 @@ def write(path, content):
             part.write_text(content, "utf-8")
         else:
             content(part)
-        os.replace(part, path)
+        for pause in (0.1, 1, 5, 0):
+            try:
+                return os.replace(part, path)
+            except PermissionError:  # on Windows, as long as somebody reads the file
+                if not pause:
+                    raise
+                time.sleep(pause)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
         why = error if isinstance(error, OSError) else "the disk may be full"
         fail(f"{path} cannot be written: {why}")
@@ -131,7 +140,13 @@ FLAG, SWITCH = {"action": "store_true"}, {"action": argparse.BooleanOptionalActi
 
 
 class Parser(argparse.ArgumentParser):
-    error = staticmethod(fail)
+    def error(self, message):
+        """fail, and suggest an option for each unknown one that is spelled like it."""
+        known = re.findall(r"--[\w-]+", self.format_help())
+        for word in re.findall(r"--[\w-]+", message.partition("unrecognized arguments: ")[2]):
+            for name in difflib.get_close_matches(word.replace("_", "-"), known, 1):
+                message += f" (did you mean {name}?)"
+        fail(message)
 
 
 def options(method, doc, table, argv=None):
@@ -280,6 +295,7 @@ def load_data(args, table, run, cpu=()):
         data.probed.read(*how)
         data.labelled or fail(f"--labelled {args.labelled} has no labels, either")
     data.read(*how)
+    run.probed = data.probed
     args.images = n = len(data.train.labels)
     if free and not made:
         args.batch_size = at_most(args.batch_size, n)  # broken files are left out by now
@@ -292,9 +308,14 @@ def load_data(args, table, run, cpu=()):
         dist.all_gather_object(found, (n, args.checksum))
     if len({*found}) > 1:
         fail(f"the processes do not find the same images: {', '.join(f'{n:,}' for n, _ in found)}")
-    if not args.eval and (n < args.batch_size or args.batch_size % run.world):
-        fail(f"--batch-size {args.batch_size} is over the number of training images, {n}, or not a "
-             f"multiple of the number of processes, {run.world}")
+    if not args.eval and n < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is over the number of training images, {n}")
+    if not args.eval and args.batch_size % run.world:
+        fail(f"--batch-size {args.batch_size} is not a multiple of the number of processes, "
+             f"{run.world}")
+    folders = {os.path.dirname(f) for f in items if isinstance(f, str)}
+    if any(Path(f).resolve().is_relative_to(run.folder.resolve()) for f in folders):
+        fail(f"--out {run.folder} is a folder of the images: give the run one of its own")
     if not len(data.val[1]) or (data.labelled and len(data.probed.fit[1]) < 2):
         fail("too few training images: one of a class with two is held out, and two must remain")
     data.per_epoch = max(n // args.batch_size, 1)
@@ -345,8 +366,8 @@ class Run:
         found.append("cpu")
         name = name or found[0]
         if name not in found:
-            fail(f"--device {name}: this machine has {', '.join(found)} (mps needs PyTorch 2.13 "
-                 "and a single process)")
+            fail(f"--device {name}: PyTorch {torch.__version__} finds {', '.join(found)} here (mps "
+                 "needs 2.13 and a single process)")
         if name == "mps" and amp in ("bf16", "fp16"):
             fail("--amp has to be off on mps")
         self.device, self.name, auto = torch.device(name), name, None
@@ -369,7 +390,7 @@ class Run:
                 fail(f"the processes of torchrun do not meet: {error}".split("\n")[0])
             atexit.register(dist.destroy_process_group)
         if self.rank > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
     def _claim(self, out):
         """Make the folder of this run: out or, if another run has that, out-2, out-3, ...
@@ -403,19 +424,21 @@ class Run:
 
     def __exit__(self, kind, error, _):
         self.handlers.close()
-        if kind and not self.stopped:  # others may be waiting for this process: do not wait
+        if kind and self.world > 1 and not self.stopped:  # others may be waiting: do not wait
             atexit.unregister(dist.destroy_process_group)
         if main_process():
             os.close(self.lock)
         if kind and self.step == 0 and not self.args.resume and main_process():
             (self.folder / "args.json").unlink(missing_ok=True)  # the folder is free again
+            with contextlib.suppress(OSError):  # not empty
+                self.folder.rmdir()
         if kind is KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         if kind is BrokenPipeError:  # | head
             sys.stdout = open(os.devnull, "w")
             fail("nothing reads the output any more")
-        if re.search("MemoryError|out of memory|allocate memory", repr(error)):
+        if re.search("MemoryError|out of memory|allocate memory|not enough memory", repr(error)):
             fail(f"the memory of {self.name} is not enough: lower --batch-size, now "
                  f"{self.args.batch_size}, --image-size or --memory-limit, or, in an evaluation, "
                  "probe on a smaller --labelled set")
@@ -658,7 +681,8 @@ class Run:
         figures = "".join(f"{k.replace('_', ' ')} {v:.1f}, " for k, v in tops.items())
         print(f"{'test' if test else 'validation'}: {figures}{results['verdict']}")
         if test and tops:
-            print("\ntop-1 in % on the test images         linear   k-NN")
+            title = f"top-1 in % on {len(self.probed.test[1]):,} test images"
+            print(f"\n{title:36} {'linear':>8} {'k-NN':>6}")
             for label, prefix in (("h, before the head", ""), ("z, after the head", "head_"),
                                   ("h of the untrained network", "untrained_"),
                                   ("raw pixels, at most 10,000 images", "pixels_")):
@@ -1304,20 +1328,21 @@ def rgb(image):
     """A Pillow image of any kind -> 8-bit RGB, transparent pixels on white.
 
     Deeper images are scaled by the range they use: from 0, or their least value if lower, to the
-    first that suffices of 1, the maxima of 8, 10, 12, 14 and 16 bits, and their largest value.
+    first of 1, 3, 7, 15, ..., the maxima of 1, 2, 3, ... bits, that not even a thousandth of the
+    pixels (broken ones) exceeds.
     """
     if image.mode[0] in "IF":  # modes that Pillow would clip
         a = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        low, most = min(a.min(), 0), a.max()
-        top = next((t for t in (1, 255, 1023, 4095, 16383, 65535) if most <= t), most)
-        image = Image.fromarray(np.uint8((a - low) / (top - low) * 255))
+        low, most = min(a.min(), 0), max(np.quantile(a, 0.999, method="lower"), 1)
+        top = 2.0 ** math.ceil(math.log2(most + 1)) - 1
+        image = Image.fromarray(np.uint8(np.clip((a - low) / (top - low), 0, 1) * 255))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def read_image(file, shorter):
+def read_image(file, shorter=1024):
     """(H, W, 3) uint8 with a shorter side of at most `shorter` pixels, or why it cannot be read.
 
     Of an image that is more than twice as long as wide, only the middle is kept. Errors that may
@@ -1369,6 +1394,24 @@ def report_broken(reasons):
     if reasons:
         print(printable(f"left out, as they cannot be read: {len(reasons)} image file(s) "
                         f"({shortened([*reasons])}): {next(iter(reasons.values()))}"))
+
+
+def report_odd(files, images):
+    """Print what may be wrong with a sample of a set; images: those that can be read."""
+    deep = pages = 0
+    for file in files:
+        with contextlib.suppress(Exception), Image.open(file) as image:
+            deep += image.mode[0] in "IF"
+            pages += getattr(image, "n_frames", 1) > 1
+    plain = sum(image.max() < 32 or image.min() > 223 for image in images)
+    odd = {"are deeper than 8 bits: each is scaled by the range it uses": deep,
+           "have several pages: the first is used": pages,
+           "are almost black or almost white: look at views.png": plain}
+    for what, count in odd.items():
+        if count:
+            print(f"{count} of {len(files)} images looked at {what}")
+    if images and not any(np.ptp(image, 2).any() for image in images):
+        print("grey images: all three channels are the same")
 
 
 # ==================================================================================================
@@ -1489,16 +1532,16 @@ class Data:
         loose = int((self.parts["train"][1] < 0).sum())
         loose = f", {loose:,} training images without a label" if loose else ""
         kinds = [f"no train/<class>/*, so no labels: all of {top} is for training",
-                 "one class only, so accuracies say nothing", f"{len(classes)} classes{loose}"]
+                 "one class only, so accuracies say nothing",
+                 f"{len(classes)} classes ({shortened(self.classes)}){loose}"]
         counts = ", ".join(f"{k} {len(v):,}" for k, (v, _) in self.parts.items())
         unused = sorted({*folders} - {*entered, top.name}) if top != root else []
         print(printable(f"{root}: {kinds[min(len(classes), 2)]}; images: {counts}; {others} other "
                         f"files ignored, folders not entered: {shortened(unused)}"))
-        sample = [read_image(f, 1024) for f in files[:: len(files) // 64 + 1]]
-        sample = [image for image in sample if not isinstance(image, str)]
-        self.side = int(np.median([min(image.shape[:2]) for image in sample] or [64]))
-        if sample and not any(np.ptp(image, 2).any() for image in sample):
-            print("grey images: all three channels are the same")
+        sample = [files[i] for i in shuffle(len(files))[:64]]
+        images = [image for image in map(read_image, sample) if not isinstance(image, str)]
+        self.side = int(np.median([min(image.shape[:2]) for image in images] or [64]))
+        report_odd(sample, images)
 
     def _split_off_test(self):
         print("no test folder: a tenth of the training images of every class is held out")

@@ -13,6 +13,7 @@ inaccurate, labels of bags inexact, few labels incomplete.
     noisy         labels, half of them wrong      two networks, each picks images for the other
     pseudo        few labels, many images         predictions that are certain become labels
 
+bags and noisy make these labels from true ones, also on a set of your own.
 A run trains the method's network and, beside it, those of its floor and its ceiling, on the same
 images in the same steps (pseudo's floor on the labelled ones only). For a batch of N:
     x = t(image)                        random augmentations              crops, augment
@@ -103,7 +104,7 @@ OPTIONS = {  # fmt: skip
     # option         built-in     to 64 px     larger       allowed         meaning
     "task":         ("labeling",  "labeling",  "labeling",  one_of(NETWORKS), "what is known"),
     "votes":        ("rules",     "rules",     "rules",     {"metavar": "CSV"},
-                     "labeling: file of lines of an image's name and its votes, -1: none"),
+                     "labeling: lines of an image's name and its votes, -1 or empty: none"),
     "label_model":  ("by-class",  "em",        "em",        "em|by-class|triplets", "labeling"),
     "pool":         ("attention", "attention", "attention", "attention|gated|max|mean|noisy-or",
                      "bags: how images are pooled"),
@@ -343,8 +344,9 @@ def read_votes(path, names):
         missing = [place for place in places if place not in lines]
         if missing:
             common.fail(f"--votes {path} has no line for {len(missing)} of {len(names)} training "
-                        f"images: {common.shortened(missing)}")
-        votes = torch.tensor([[int(vote) for vote in lines[place]] for place in places])
+                        f"images: {common.shortened(missing)}; it has lines for "
+                        f"{common.shortened([*lines])}")
+        votes = torch.tensor([[int(vote or -1) for vote in lines[place]] for place in places])
     except (OSError, ValueError, csv.Error) as error:
         common.fail(f"--votes {path} cannot be read: {error}")
     if not votes.numel() or votes.min() < -1 or votes.max() > 999:
@@ -600,6 +602,9 @@ def labeling(args, data, run):
         common.fail("the sources vote for one class at most, so there is nothing to learn")
     if args.label_model == "triplets" and (C > 2 or votes.shape[1] < 3):
         common.fail(f"triplets need 3 or more sources and 2 classes, not {votes.shape[1]} and {C}")
+    unused = sorted({*range(C)} - {*votes.flatten().tolist()})
+    if unused:
+        print(f"warning: no source votes for class {', '.join(map(str, unused))} (the first is 0)")
     accuracies, labels = label_model(votes, C, args.label_model)
     print("of the votes of each source, judged by their agreement, are right (%):",
           *(f"{100 * a:.0f}" for a in accuracies.tolist()))
@@ -627,7 +632,8 @@ def bags(args, data, run):
     positive = (data.train.labels == args.positive).to(run.device)
     have = positive.cpu()[rows] & (rows >= 0)
     share = have.any(1).double().mean()
-    print(f"{100 * share:.1f} % of the bags have an image of class {args.positive}")
+    print(f"{100 * share:.1f} % of the bags, drawn at random, have an image of class "
+          f"{args.positive}")
     if share in (0, 1):
         common.fail("all bags are of one kind: choose another --positive or --bag-size")
 
@@ -655,6 +661,7 @@ def noisy(args, data, run):
     P = transition(args.noise, args.rate, args.classes)[data.train.labels]  # (n, C)
     given = torch.multinomial(P, 1, generator=mix).squeeze(1).to(run.device)
     true = data.train.labels.to(run.device)
+    print(f"{100 * (given != true).double().mean():.1f} % of the labels were made wrong")
 
     def losses(s, index, step):
         keep = keep_rate(step // data.per_epoch, args.rate, args.keep_warmup)
@@ -680,7 +687,8 @@ def pseudo(args, data, run):
     true = data.train.labels.to(run.device)
     y = data.train.labels[index]
     few = torch.cat([index[y == c][: args.labels] for c in range(args.classes)])
-    print(f"{len(few):,} of {len(index):,} images have a label")
+    print(f"labels used: {len(few):,} of {(y >= 0).sum():,} (--labels {args.labels} for each "
+          f"class); images: {len(index):,}")
     count = args.batch_size // (1 + args.mu)  # B
     n = count // run.world  # in this process; they come first in its batch
 
@@ -752,6 +760,7 @@ def train(args, run):
     for other in net.others.values() if not args.classifies else ():  # only a backbone was loaded
         other.backbone.load_state_dict(net.backbone.state_dict())
     theirs = made.get("names")  # none if its images had no labels
+    args.ceiling_trained = bool(theirs if args.eval else args.names)
     same = theirs == args.names if theirs else len(args.names) == args.classes
     if args.eval and args.names and not same:
         print("the file was trained on other classes than these: no accuracies")
@@ -862,7 +871,11 @@ def evaluate(net, data, args, run, test=False):
                 if best:
                     found[f"best_val_{k}"] = max(best)
         *_, floor, ceiling = NETWORKS[args.task]
-        print(f"\n{'test' if test else 'validation'} images, %; floor: {floor}, ceiling: {ceiling}")
+        if not args.ceiling_trained:  # the labels of the training images were not known
+            del found[f"{ceiling}_accuracy"]
+            ceiling = "none"
+        part = f"{len((data.test if test else data.val)[1]):,} {'test' if test else 'validation'}"
+        print(f"\n{part} images, %; floor: {floor}, ceiling: {ceiling}")
         for k, v in found.items():
             print(f"  {k.replace('_', ' '):30} {v:6.1f}")
         results |= found

@@ -44,7 +44,7 @@ run() { # FOLDER COMMAND ...
     fi
     # a run killed before its first last.pt starts over in the same folder
     if [ -f "$out/last.pt" ]; then resume=(--resume); else rm -f "$out/args.json"; fi
-    "$python" "$@" --out "$out" "${resume[@]}" "${options[@]}"
+    "$python" "$@" --out "$out" ${resume[@]+"${resume[@]}"} ${options[@]+"${options[@]}"}
 }
 
 train() { # METHOD NAME EPOCHS OPTIONS ...
@@ -63,7 +63,7 @@ throughput() {
         if [ -f "benchmarks/throughput-$method-224.csv" ]; then # written last
             echo "benchmarks/throughput-$method-224.csv is there: skipped"
         else
-            bash benchmarks/run.sh "$method" throughput "${options[@]}"
+            bash benchmarks/run.sh "$method" throughput ${options[@]+"${options[@]}"}
         fi
     done
 }
@@ -127,7 +127,7 @@ table() {
     fi
 }
 
-for stage in "${stages[@]}"; do
+for stage in ${stages[@]+"${stages[@]}"}; do
     [[ " ${order[*]} cpu " == *" $stage "* ]] || stages=()
 done
 if ((${#stages[@]} == 0)); then

@@ -35,7 +35,7 @@ throughput() { # the recipes for small and for large images, and files if the fo
         --out "benchmarks/throughput-$method-32.csv" "$@"
     "$python" benchmarks/throughput.py "$method" --image-size 224 --compile --steps 20 \
         --variants contiguous unfused untried eager \
-        --out "benchmarks/throughput-$method-224.csv" "${files[@]}" "$@"
+        --out "benchmarks/throughput-$method-224.csv" ${files[@]+"${files[@]}"} "$@"
 }
 
 table() {

@@ -59,14 +59,17 @@ OWN = {  # these rows replace or join those of the method
 
 
 class Labelled:
-    """The batches of data, with the labels after the views."""
+    """The batches of data, with the labels after the views. hide: -100, which cross_entropy leaves
+    out, for the images that are for validation."""
 
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, data, hide=False):
+        self.data, self.labels = data, data.train.labels
+        if hide:
+            self.labels = self.labels.index_fill(0, data.val[1], -100)
 
     def epoch(self, *given):
         for views, i in self.data.epoch(*given):
-            yield [*views, self.data.train.labels[i]], i
+            yield [*views, self.labels[i]], i
 
 
 class Classifier(nn.Module):
@@ -108,7 +111,7 @@ def lr_at(step, steps, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train(method, args, run):
+def train(method, args, run, hide=False):
     data = common.load_data(args, method.OPTIONS | OWN, run)
     labels = data.train.labels
     if labels.min() < 0:
@@ -126,7 +129,7 @@ def train(method, args, run):
     run.chance = {"loss": math.log(int(labels.max()) + 1)}
 
     for epoch in run.epochs(data):
-        for step, (x, y) in run.batches(Labelled(data), epoch, crops):
+        for step, (x, y) in run.batches(Labelled(data, hide), epoch, crops):
             y = y.to(run.device, non_blocking=True)
             lr = lr_at(step, steps, warmup, peak)
             for group in optimizer.param_groups:

@@ -86,7 +86,7 @@ def with_labels(method, own, name, seed, options, kind):
     rows = method.OPTIONS | supervised.OWN
     args = common.options(method.__name__, supervised.__doc__, rows, [*map(str, argv)])
     with kind(args) as run:
-        net, data = supervised.train(method, args, run)
+        net, data = supervised.train(method, args, run, hide=True)
         view, splits = method.central(args.image_size), data.splits(test=False)
         net.eval()
         run.rows[-1] |= method.accuracies(lambda x: net(*x)[:1], [""], view, splits, run)

@@ -522,7 +522,7 @@ def write(folder, name, again):
     method, function = NAMES[name]
     source = HEADER.format(function, method, name) + blank(method, function)
     file = Path(folder) / f"{name}.py"
-    if file.exists() and file.read_text() != source and not again:
+    if file.exists() and file.read_text("utf-8", "replace") != source and not again:
         print(f"{file} has work in it and is kept; --again overwrites it")
     else:
         common.write(file, source)

@@ -88,19 +88,14 @@ def draw(whole, means):
     right.legend(fontsize=8, ncols=2, loc="upper center")
 
 
-def r2_of(row, key):
-    """This column of a row of over_seeds, renamed to R2."""
-    return {"R2": row[key], "R2_sd": row[f"{key}_sd"], "seeds": row["seeds"]}
-
-
 def answer(means):
     """Do z, and h without a head, say less than h about what flips and jitter change?"""
     mlp, none = means[-1], means[0]
     parts, lost = [], []
     for k in FACTORS:
-        h, z, alone = r2_of(mlp, f"h_{k}"), r2_of(mlp, f"z_{k}"), r2_of(none, f"h_{k}")
-        parts.append(f"{k} {h['R2']:.2f}, {z['R2']:.2f}, {alone['R2']:.2f}")
-        if all(shared.compare(h, other, "R2") > 0 for other in (z, alone)):
+        h, z = f"h_{k}", f"z_{k}"
+        parts.append(f"{k} {mlp[h]:.2f}, {mlp[z]:.2f}, {none[h]:.2f}")
+        if shared.compare(mlp, mlp, h, z) > 0 and shared.compare(mlp, none, h) > 0:
             lost.append(k)
     better = {1: "better than", 0: "as good as", -1: "worse than"}
     return shared.answer({"x", "lightness"} <= {*lost}, (

@@ -85,12 +85,14 @@ def over_seeds(rows, by, keys):
     return means
 
 
-def compare(a, b, key):
-    """1 if the mean a[key] is above b[key], -1 if it is below, and 0 if the difference is within
-    twice its standard error; a, b: rows of over_seeds. With one seed any difference counts."""
-    difference = a[key] - b[key]
-    error = math.sqrt((a[f"{key}_sd"] ** 2 + b[f"{key}_sd"] ** 2) / a["seeds"])
-    return 0 if abs(difference) <= 2 * error else int(math.copysign(1, difference))
+def compare(a, b, key, other=None):
+    """1 if the mean a[key] is above b[other or key], -1 if it is below, and 0 if the difference is
+    within twice its standard error (or nan); a, b: rows of over_seeds, of as many seeds. With one
+    seed any difference counts."""
+    other = other or key
+    difference = a[key] - b[other]
+    error = math.sqrt((a[f"{key}_sd"] ** 2 + b[f"{other}_sd"] ** 2) / a["seeds"])
+    return (difference > 2 * error) - (difference < -2 * error)
 
 
 def answer(holds, text):

@@ -249,7 +249,7 @@ import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 out.mkdir(parents=True)
 (out / "results.json").write_text(json.dumps({{"images_per_second": {speed}}}))
-open("{tmp_path}/order", "a").write("{name} ")
+open({str(tmp_path / "order")!r}, "a").write("{name} ")
 assert sys.argv[1:3] == ["--epochs", "2"], "no epochs"
 """)
     argv = [tmp_path / "new", tmp_path / "old", "simclr", "--rounds", 2]

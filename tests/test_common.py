@@ -84,6 +84,7 @@ def noise(n, height, width, seed=0):
 # ==================================================================================================
 
 
+@tools.unix
 def test_files_are_whole_or_as_they_were(tmp_path, capsys, monkeypatch):
     contents = {"a.txt": "text " * 99, "a.pt": lambda part: torch.save(torch.zeros(9999), part),
                 "a.png": lambda part: Image.new("RGB", (99, 99)).save(part, format="png")}
@@ -99,6 +100,7 @@ def test_files_are_whole_or_as_they_were(tmp_path, capsys, monkeypatch):
     assert {f.name for f in tmp_path.iterdir()} == contents.keys()
 
 
+@tools.unix
 @pytest.mark.parametrize("where", ["file/below.txt", "file/below.pt", "none/a.pt", "n" * 300])
 def test_a_path_that_cannot_be_written(where, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -297,6 +299,7 @@ def test_resume_begins_where_there_is_nothing_to_go_on_with(tmp_path, capsys):
     assert "a run begins" not in capsys.readouterr().out
 
 
+@tools.unix
 def test_a_run_that_goes_on_is_not_resumed(tmp_path, capsys):
     """Two processes would write one last.pt. What was stopped is free, in the same process, too."""
     argv = ["--out", tmp_path / "run"]
@@ -313,8 +316,9 @@ def test_processes_and_devices(monkeypatch, tmp_path, capsys):
     for amp, dtype in (("auto", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         assert opened("--amp", amp, "--out", tmp_path / "run").dtype == dtype
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    for version, processes, words in (("2.13.0", "1", "off on mps"), ("2.9.1", "1", "has cpu ("),
-                                      ("2.13.0", "2", "has cpu (")):
+    for version, processes, words in (("2.13.0", "1", "off on mps"),
+                                      ("2.9.1", "1", "finds cpu here ("),
+                                      ("2.13.0", "2", "finds cpu here (")):
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
         monkeypatch.setenv("WORLD_SIZE", processes)
         assert words in fails(lambda: opened("--device", "mps", "--amp", "fp16"), capsys)
@@ -407,6 +411,7 @@ def test_a_run_that_keeps_failing_ends(tmp_path, capsys):
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+@tools.unix
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_closed_terminal(world, tmp_path, monkeypatch):
     """SIGHUP comes twice and saves, also before SIGTERM; after nohup it is ignored."""
@@ -1318,7 +1323,7 @@ def test_folders_with_labels(tmp_path, counts, train, fit, val, test, capsys):
     for files, labels in data.parts.values():
         assert classes_of(files) == labels.tolist()
     printed = capsys.readouterr().out
-    assert "2 classes; images: " in printed and f" train {train}" in printed
+    assert "2 classes (a, b); images: " in printed and f" train {train}" in printed
     assert data.side == 20
 
 
@@ -1352,6 +1357,7 @@ def test_embed_writes_every_image_once(tmp_path, memory_gb):
     assert np.abs(h - colours).max() < 1e-6
 
 
+@tools.unix
 def test_folders_by_unusual_names(tmp_path, monkeypatch, capsys):
     root = tree(tmp_path / "cifar10", train__a=20, train__b=20, val__a=2, val__b=2)
     monkeypatch.chdir(tmp_path)
@@ -1362,6 +1368,25 @@ def test_folders_by_unusual_names(tmp_path, monkeypatch, capsys):
     (tmp_path / "cifar10" / "toys").mkdir()
     common.Data("toys")
     assert "not the folder: that is --dataset ./toys" in capsys.readouterr().out
+
+
+def test_odd_images_are_told_of(tmp_path, capsys):
+    """Those that are deep, have pages, or have become black or white."""
+    tree(tmp_path, **{"": 3})
+    common.Data(str(tmp_path))
+    assert "looked at" not in capsys.readouterr().out
+    frames = [Image.new("L", (20, 20), 100 + i) for i in range(2)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (20, 20), (9, 20, 3)).save(tmp_path / "b.png")
+    Image.new("L", (20, 20), 250).save(tmp_path / "c.png")
+    for i in range(3):
+        grey16(0, 900).save(tmp_path / f"d{i}.png")
+    (tmp_path / "broken.png").touch()
+    common.Data(str(tmp_path))
+    out = capsys.readouterr().out
+    for told in ("3 of 10 images looked at are deeper than 8 bits", "1 of 10 images looked at have",
+                 "2 of 10 images looked at are almost black or almost white"):
+        assert told in out
 
 
 def test_grey_images_are_named(tmp_path, capsys):
@@ -1393,6 +1418,7 @@ def test_probes_on_another_set(tmp_path, capsys):
     assert f"--labelled {mine} has no labels" in refused(simclr, argv, capsys)
 
 
+@tools.unix
 def test_what_is_no_data_is_left_out(tmp_path, capsys):
     """Hidden names, other files, runs; links are followed, once."""
     tree(tmp_path / "data", train__a=3, test__a=2)
@@ -1431,7 +1457,7 @@ def test_folders_that_lack_images_fail_at_once(tmp_path, capsys, counts, word):
 def test_images_beside_the_classes_have_no_label(tmp_path, capsys):
     """They are for training: no probe is fitted, chosen or tested on one."""
     data = common.Data(tree(tmp_path, train=31, train__a=20, train__b=20))
-    told = "2 classes, 31 training images without a label; images: train 67, test 4"
+    told = "2 classes (a, b), 31 training images without a label; images: train 67, test 4"
     assert told in capsys.readouterr().out
     data.read(*READ)
     assert (data.train.labels == -1).sum() == 31 and data.classes == ["a", "b"]
@@ -1475,7 +1501,7 @@ def test_memory_limit_is_of_what_the_images_take(tmp_path, capsys):
 
 def test_memory_limit_fits_the_machine(monkeypatch):
     table = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 * 2**18}
-    monkeypatch.setattr(os, "sysconf", table.get)
+    monkeypatch.setattr(os, "sysconf", table.get, raising=False)
     assert tools.options(simclr, []).memory_limit == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert tools.options(simclr, []).memory_limit == 2
@@ -1526,7 +1552,7 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch
     for error, stopped, count in ((None, 0, 0), (ZeroDivisionError, 0, 1), (SystemExit, 15, 1)):
         with contextlib.suppress(ZeroDivisionError, SystemExit), opened(
                 "--out", tmp_path / "run") as run:
-            run.stopped = stopped
+            run.world, run.stopped = 2, stopped
             if error:
                 raise error
         assert left == [common.dist.destroy_process_group] * count
@@ -1844,12 +1870,14 @@ def files_for(name, folder):
 @pytest.fixture(scope="module", autouse=True)
 def background(request, tmp_path_factory):
     """Starts what the tests that were asked for will wait for: two processes that meet, and one
-    for every file, forked from one that has imported what takes long."""
+    for every file, on Linux forked from one that has imported what takes long."""
     folder, both, runs = tmp_path_factory.mktemp("background"), [], {}
     items = [item for item in request.session.items if item.path == request.path]
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision", "matplotlib.figure"])
-    multiprocessing.forkserver.ensure_running()  # before a test changes the environment
+    context = torch.multiprocessing.get_context("spawn")
+    if sys.platform == "linux":
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torchvision", "matplotlib.figure"])
+        multiprocessing.forkserver.ensure_running()  # before a test changes the environment
     if any("both" in item.fixturenames for item in items):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -2053,6 +2081,7 @@ def test_resume_is_bit_for_bit(name, tmp_path):
         assert rows_of(parts) == rows_of(tmp_path / "whole") and len(rows_of(parts)) == 2
 
 
+@tools.unix
 def test_a_process_that_gets_sigterm_goes_on(tmp_path):
     argv = "--epochs 500 --eval-every 0 --out".split()
     folder = files_for("simclr", tmp_path / "cwd")

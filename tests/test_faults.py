@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from test_common import TRAIN, opened, saved, stopped_after, tiny, tree
-from tools import ROOT, TINY, fails, options, refused, train
+from tools import ROOT, TINY, fails, options, quiet, refused, train, unix
 
 import common
 import moco
@@ -66,6 +66,7 @@ def test_more_processes_than_gpus(monkeypatch, capsys):
     assert "LOCAL_RANK is '4', and has to be a whole number below 4" in error
 
 
+@unix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_ends_a_wait_for_other_processes(number, tmp_path):
     with socket.socket() as free:
@@ -99,6 +100,7 @@ def test_an_empty_value_is_refused(option, capsys):
     assert f"--{option} is" in fails(lambda: options(simclr, [f"--{option}", ""]), capsys)
 
 
+@unix
 def test_names_that_a_terminal_cannot_print(tmp_path):
     """Bytes that are no text, control characters, and letters that its encoding does not have."""
     folder = tmp_path / "caf\udce9 \u65e5"
@@ -121,6 +123,7 @@ def test_errors_are_one_line(capsys):
     assert error == "error: of a file named a\\nb\\r\\x1b[2Jc\\udce9\n"
 
 
+@unix
 def test_the_folder_of_a_dataset_with_a_relative_name(tmp_path, monkeypatch):
     (tmp_path / "photos" / "x").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "photos" / "x")
@@ -219,6 +222,7 @@ def test_resume_where_a_folder_in_between_is_free(tmp_path):
     assert resumed() == "run-7"
 
 
+@unix
 @pytest.mark.parametrize("out", ["/proc/run", "/sys/run", "file", "file/run", "loop/run"])
 def test_a_folder_that_cannot_be_made(out, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -307,9 +311,10 @@ def test_what_is_not_used_is_told(tmp_path, capsys):
     tree(tmp_path, **TRAIN, valid__a=2, valid__b=2, Test__b=3, spare__a=5, train__none=0, runs=1)
     parts, out = found(tmp_path, capsys)  # a class without images is none
     assert parts == {"train": 20, "val": 4, "test": 3}
-    assert "2 classes;" in out and "folders not entered: runs, spare\n" in out
+    assert "2 classes (a, b);" in out and "folders not entered: runs, spare\n" in out
 
 
+@unix
 def test_flat_splits_and_no_splits(tmp_path, capsys):
     tree(tmp_path, train=9, test=3)
     parts, out = found(tmp_path, capsys)
@@ -340,6 +345,54 @@ def test_two_images_are_too_few(b, tmp_path, capsys):
         assert "too few training images" in refused(simclr, [*argv, *more], capsys)
 
 
+def test_a_run_is_not_put_among_its_images(tmp_path, capsys):
+    """They would be taken for those of the run, and be gone when it is resumed. Beside them, in a
+    folder of its own, a run is left out. A run that fails leaves no folder."""
+    tree(tmp_path, train__a=20, train__b=20)
+    argv = [*TINY, "--dataset", tmp_path, "--out"]
+    for out in (".", "train", "train/a"):
+        error = refused(simclr, [*argv, tmp_path / out], capsys)
+        assert "is a folder of the images" in error
+        assert not (tmp_path / out / "args.json").exists() and (tmp_path / out).exists()
+    assert "over the number" in refused(simclr, [*argv, tmp_path / "run", "--batch-size", 64],
+                                        capsys)
+    assert not (tmp_path / "run").exists()
+    train(simclr, [*argv, tmp_path / "train" / "run"])
+    assert found(tmp_path, capsys)[0] == {"train": 36, "test": 4}
+
+
+def test_an_option_that_is_misspelled(capsys):
+    for word, name in (("--labeled", "--labelled"), ("--image_size=64", "--image-size")):
+        assert fails(lambda: options(simclr, [word]), capsys).endswith(  # noqa: B023
+            f"unrecognized arguments: {word} (did you mean {name}?)\n")
+    assert "did you mean" not in fails(lambda: options(simclr, ["--xyz", "1", "2"]), capsys)
+
+
+def test_a_file_that_somebody_reads_is_replaced_later(tmp_path, monkeypatch, capsys):
+    """On Windows an open file cannot be replaced."""
+    replace, waits = os.replace, []
+    monkeypatch.setattr(common.time, "sleep", waits.append)
+
+    def locked(a, b):
+        if len(waits) < free:
+            raise PermissionError(13, "it is open")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", locked)
+    for free in (0, 2):
+        common.write(tmp_path / "a.txt", str(free))
+        assert (tmp_path / "a.txt").read_text() == str(free) and len(waits) == free
+    free = 99
+    assert "it is open" in fails(lambda: common.write(tmp_path / "a.txt", "99"), capsys)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_last_table_says_on_how_many_images(tmp_path):
+    argv = [*TINY, "--epochs", 1, "--eval-every", 0, "--out", tmp_path / "run"]
+    _, out = quiet(simclr, argv)
+    assert f"\n{'top-1 in % on 48 test images':36}   linear   k-NN\n" in out
+
+
 def test_a_run_that_was_killed_is_no_data(tmp_path, capsys):
     tree(tmp_path, x=4, x__run=1, y=2)
     for file in ("args.json", "views.png"):
@@ -348,7 +401,8 @@ def test_a_run_that_was_killed_is_no_data(tmp_path, capsys):
     assert found(tmp_path, capsys)[0] == {"train": 6}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to become somebody else")
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0,
+                    reason="needs the right to become somebody else")
 def test_folders_that_may_not_be_read_are_named(tmp_path, capsys):
     tree(tmp_path, a=3, b=3)
     (tmp_path / "a").chmod(0)
@@ -366,10 +420,13 @@ RAMP = np.linspace(0, 1, 400).reshape(20, 20)
 
 
 @pytest.mark.parametrize("values, low, high", [
-    (2 * RAMP - 1, 0, 255), (1000 * RAMP - 1000, 0, 255), (3000 * RAMP - 1000, 0, 150),
-    (1e6 * RAMP, 0, 255), (np.where(RAMP > 0, RAMP, np.nan), 0, 255),
-    (np.where(RAMP > 0, 200 * RAMP, np.inf), 0, 200), (0 * RAMP - 5, 0, 0)],
-    ids="negative all-negative hounsfield large nan inf flat".split())
+    (2 * RAMP - 1, 0, 255), (1000 * RAMP - 1000, 0, 255), (3000 * RAMP - 1000, 0, 251),
+    (1e6 * RAMP, 0, 243), (np.where(RAMP > 0, RAMP, np.nan), 0, 255),
+    (np.where(RAMP > 0, 200 * RAMP, np.inf), 0, 200), (0 * RAMP - 5, 0, 0), (12 * RAMP, 0, 204),
+    (1.1 * RAMP, 0, 93), (np.where(RAMP < 1, 1000 * RAMP, 65535), 0, 255),
+    (70 * RAMP + 20, 40, 181), (255 * RAMP, 0, 255), (65535 * RAMP, 0, 255)],
+    ids="negative all-negative hounsfield large nan inf flat counts quotient hot-pixel dim 8-bit "
+        "16-bit".split())
 def test_deep_images_of_any_range(values, low, high, tmp_path):
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "a.tif")
     pixels = common.read_image(tmp_path / "a.tif", 20)

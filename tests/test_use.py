@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     tiny = [*TINY, "--image-size", 32, "--epochs", 1, "--eval-every", 0]
     quiet(simclr, [*tiny, "--out", last.parent])
     command, = re.findall(r"^python simclr.py (.+)$", SECTIONS[0], re.M)
-    argv = [re.sub("^(?=runs/|features)", f"{root}/", word) for word in command.split()]
+    argv = [re.sub("^(?=runs/|features)", f"{root.as_posix()}/", word) for word in command.split()]
     quiet(simclr, [*tiny, *argv, "--out", root / "eval"])
     quiet(simclr, [*tiny, "--arch", "resnet18", "--out", root / "runs" / "simclr-resnet18"])
     return root

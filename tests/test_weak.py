@@ -275,8 +275,11 @@ def test_read_votes(tmp_path, capsys):
     path.write_text("0,0,-1\n1,2,1\n2,-1,-1\n")
     assert weak.read_votes(path, range(3)).tolist() == [[0, -1], [2, 1], [-1, -1]]
     words = fails(lambda: weak.read_votes(path, ["3", "0", "./2", "a/b"]), capsys)
-    assert "no line for 2 of 4 training images" in words and f"{os.getcwd()}/a/b" in words
-    for text in ("0,x\n1,1\n", "0,0,1\n1,2\n", "0,0.5\n1,1\n", "0,\n1,1\n"):
+    assert "no line for 2 of 4 training images" in words and os.path.abspath("a/b") in words
+    assert f"it has lines for {os.path.abspath('0')}, " in words
+    path.write_text("0,,1\n")
+    assert weak.read_votes(path, range(1)).tolist() == [[-1, 1]]
+    for text in ("0,x\n1,1\n", "0,0,1\n1,2\n", "0,0.5\n1,1\n"):
         path.write_text(text)
         assert "cannot be read" in fails(lambda: weak.read_votes(path, range(2)), capsys), text
     for text in ("0,-2\n", "0,1000\n", "0\n"):
@@ -841,7 +844,7 @@ def test_votes_from_a_file(tmp_path, monkeypatch):
         seen.update(votes=votes), model(votes, *rest))[1])
     _, out = quiet(weak, [*TINY, "--dataset", folder, "--votes", path, "--limit", 30, "--out",
                           tmp_path / "run", "--embed", tmp_path / "h.npz"])
-    assert re.search(r"are right \(%\): \d+ nan \d+\n", out), out
+    assert re.search(r"are right \(%\): \d+ nan \d+\n", out) and "no source votes" not in out
     saved = np.load(tmp_path / "h.npz")
     i = [int(os.path.basename(name).removesuffix(".png")) for name in saved["name"]]
     assert sorted(i) != i and len(i) == 30
@@ -861,9 +864,10 @@ def test_classes_that_votes_alone_have_named(tmp_path):
     path.write_text("".join(f"{tmp_path}/photos/{i}.png,{i % 3},{i % 3}\n" for i in range(60)))
     quiet(weak, [*TINY, "--votes", path, "--dataset", tmp_path / "photos", "--out",
                  tmp_path / "run"])
-    results, _ = quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset",
-                              tmp_path / "labelled", "--out", tmp_path / "eval"])
-    assert 0 <= results["label_model_accuracy"] <= 100
+    results, out = quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset",
+                                tmp_path / "labelled", "--out", tmp_path / "eval"])
+    assert 0 <= results["label_model_accuracy"] <= 100 and "truth_accuracy" not in results
+    assert re.search(r"\n\d test images, %; floor: majority, ceiling: none\n", out)
     shutil.rmtree(tmp_path / "labelled" / "train" / "1")
     results, out = quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset",
                                 tmp_path / "labelled", "--out", tmp_path / "eval"])
@@ -882,8 +886,10 @@ def test_few_labels_and_many_images_without(tmp_path):
         Image.fromarray(image.byte().permute(1, 2, 0).numpy()).save(place / f"{i}.png")
     results, out = quiet(weak, [*TINY, "--task", "pseudo", "--mu", 3, "--labels", 100, "--dataset",
                                 tmp_path / "images", "--limit", 90, "--out", tmp_path / "run"])
-    few, every = map(int, re.search(r"(\d+) of (\d+) images have a label", out).groups())
-    assert "60 training images without a label" in out and 20 < few < 30 and every == few + 60
+    told = r"labels used: (\d+) of (\d+) \(--labels 100 for each class\); images: (\d+)"
+    used, few, every = map(int, re.search(told, out).groups())
+    assert "60 training images without a label" in out and 20 < few < 30
+    assert used == few == every - 60
     assert 0 <= results["pseudo_accuracy"] <= 100
 
 

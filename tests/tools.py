@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import math
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ TINY = "--device cpu --workers 0 --limit 48 --batch-size 16 --image-size 16 --ep
 PLAIN = "--arch vit_nano --local-crops 4".split()  # a ViT of linear patches, with multi-crop
 METHODS = "pretext simclr moco byol dino ibot dinov2 weak".split()  # in reading order
 every = pytest.mark.parametrize("name", METHODS)
+unix = pytest.mark.skipif(os.name == "nt", reason="needs signals, links or paths of Linux or macOS")
 
 
 def method(name):
@@ -58,7 +60,7 @@ def completed(file, argv=(), side=None, n=5000, device="cuda"):
     items = range(n)
     data = SimpleNamespace(side=side, parts={"train": (items, None)}, val=[None, items],
                            train=SimpleNamespace(labels=items), read=lambda *_: None,
-                           labelled=False)
+                           labelled=False, probed=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "Data", lambda *_: data)
         patch.setattr(common, "write", lambda *_: None)
