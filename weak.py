@@ -661,7 +661,8 @@ def noisy(args, data, run):
     P = transition(args.noise, args.rate, args.classes)[data.train.labels]  # (n, C)
     given = torch.multinomial(P, 1, generator=mix).squeeze(1).to(run.device)
     true = data.train.labels.to(run.device)
-    print(f"{100 * (given != true).double().mean():.1f} % of the labels were made wrong")
+    wrong = (given != true).double().mean()
+    print(f"{100 * wrong:.1f} % of the labels were made wrong")
 
     def losses(s, index, step):
         keep = keep_rate(step // data.per_epoch, args.rate, args.keep_warmup)
@@ -864,7 +865,9 @@ def evaluate(net, data, args, run, test=False):
         limit=1024)
     results = common.health(h1, h1, h2, name="h", least=0.02)
     if data.labelled and (args.classifies or not args.eval):  # not by random heads
-        found = scores(net, data.test if test else data.val, args, run)
+        kind = "test" if test else "validation"
+        part = data.test if test else data.val
+        found = scores(net, part, args, run)
         if args.task == "noisy" and test:
             for k in [*found]:
                 best = [row[k] for row in run.rows if k in row]
@@ -874,8 +877,7 @@ def evaluate(net, data, args, run, test=False):
         if not args.ceiling_trained:  # the labels of the training images were not known
             del found[f"{ceiling}_accuracy"]
             ceiling = "none"
-        part = f"{len((data.test if test else data.val)[1]):,} {'test' if test else 'validation'}"
-        print(f"\n{part} images, %; floor: {floor}, ceiling: {ceiling}")
+        print(f"\n{len(part[1]):,} {kind} images, %; floor: {floor}, ceiling: {ceiling}")
         for k, v in found.items():
             print(f"  {k.replace('_', ' '):30} {v:6.1f}")
         results |= found

@@ -105,6 +105,11 @@ def measure(net, x, truth, mass):
     return {k: 100 * v.mean().item() for k, v in figures.items()}, found
 
 
+def lit(images, masks):
+    """Images (n, 3, S, S), dark outside the masks (n, S, S)."""
+    return images * (0.15 + 0.85 * masks.unsqueeze(1))
+
+
 def draw(whole, columns, means, title):
     """columns of pictures: title -> (n, ...); means: a row for each network, or none."""
     if not means:
@@ -122,10 +127,10 @@ def draw(whole, columns, means, title):
 def answer(means, counts, mass):
     """means: a row for each network, DINO last; counts: how many networks of each."""
     *others, ours = means
-    holds = all(shared.compare(ours, row, "jaccard") > 0 for row in others)
+    ahead = all(shared.compare(ours, row, "jaccard") > 0 for row in others)
     parts = [f"{row['network']} {row['jaccard']:.0f} ± {row['jaccard_sd']:.0f} % "
              f"(networks: {counts[row['network']]})" for row in means]
-    return shared.answer(holds, f"Jaccard similarity of the patches that hold {mass:.0%} of the "
+    return shared.answer([ahead], f"Jaccard similarity of the patches that hold {mass:.0%} of the "
                          f"attention and the object: {', '.join(parts)}.")
 
 
@@ -160,7 +165,7 @@ def main(argv=None):
         shape = (1.4 * len(columns), 1.4 * len(shown))
         return shared.figure(f"{own.out}/attention.png", shape, draw, columns, [], "")
     for name, mask in ({"object": parts > 0} | found).items():
-        columns[name] = checkpoint.lit(shown, mask[: own.shown])
+        columns[name] = lit(shown, mask[: own.shown])
     counts = {RANDOM: own.seeds, SUPERVISED: min(own.seeds, len(labelled)),
               DINO: min(own.seeds, len(trained))}
     shared.write_csv(f"{own.out}/attention.csv", rows, KEYS)
@@ -168,7 +173,7 @@ def main(argv=None):
     shared.figure(f"{own.out}/attention.png", (13, 6), draw, columns, means,
                   f"Jaccard similarity of {own.mass:.0%} of the attention\nand the object, %",
                   claim=CLAIM, answer=answer(means, counts, own.mass))
-    shared.show(means, ["network", *KEYS[2:]], f"{own.seeds} sets of images")
+    shared.show(means, ["network", *KEYS[2:]], f"{shared.plural(own.seeds, 'set')} of images")
     return rows
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import byol
+import common
 from lessons import shared
 
 CLAIM = "Without the predictor or the stop-gradient BYOL collapses, with the lowest loss of all"
@@ -58,16 +59,18 @@ def answer(means):
     """Which runs end with z at a point?"""
     last = {row["run"]: row for row in means if row["epoch"] == means[-1]["epoch"]}
     spreads = ", ".join(f"{name} {row['spread']:.2f}" for name, row in last.items())
-    whole, *parts = [last[k] for k in RUNS if k in last]
-    cut = [row for row in parts if row["run"].startswith("no ")]
-    holds = all(row["spread"] < 0.1 and shared.compare(row, whole, "loss") < 0 for row in cut)
+    cut = [row for name, row in last.items() if name.startswith("no ")]
+    uncut = [row for name, row in last.items() if not name.startswith("no ")]
+    whole, *_ = uncut
+    holds = all(row["spread"] < 0.1 and shared.compare(row, other, "loss") < 0
+                for row in cut for other in uncut)
     text = f"spread of z at the end: {spreads}"
     if "knn_top1" in whole:
         holds = holds and all(shared.compare(row, whole, "knn_top1") < 0 for row in cut)
         k_nn = ", ".join(f"{row['knn_top1']:.0f}" for row in last.values())
         floor = whole["untrained_knn_top1"]
         text += f"; k-NN of h, in the same order: {k_nn} % (untrained {floor:.0f})"
-    return shared.answer(holds and whole["spread"] >= 0.1, text + ".")
+    return shared.answer([holds and whole["spread"] >= 0.1], text + ".")
 
 
 def report(own, rows):
@@ -84,7 +87,7 @@ def report(own, rows):
 
 def main(argv=None):
     p = shared.parser(__doc__, "byol_collapse", epochs=12)
-    p.add_argument("--limit", type=int, default=2000, help="training images (2000)")
+    p.add_argument("--limit", **common.FROM_1, default=2000, help="training images (2000)")
     own, options = p.parse_known_args(argv)
     options = ["--limit", own.limit, "--eval-every", max(own.epochs // 4, 1), *options]
     rows = []

@@ -139,7 +139,8 @@ def images(own, data, run, seed):
     of the objects (n, size, size), 0 where there is none (other sets: None).
 
     For the built-in set, new images for every seed from 0 on; for other sets, validation images;
-    for a folder without labels, all. If these are more than --images, every seed takes others.
+    for a folder without labels, all. If these are more than --images, every seed takes others, all
+    of them new if there are at least --seeds times as many.
     """
     size = side(own, run)
     if run.args.dataset == common.BUILT_IN:
@@ -202,12 +203,6 @@ def most(parts, patch):
     """The largest part in a square, 0 for the background: (N, S, S) -> (N, S / P, S / P)."""
     numbers = range(int(parts.max()) + 1)
     return torch.stack([per_patch(parts == k, patch) for k in numbers]).argmax(0)
-
-
-def lit(images, masks):
-    """Images (n, 3, S, S), dark outside the masks (n, h, w) of pixels or patches."""
-    masks = F.interpolate(masks.unsqueeze(1).float(), images.shape[2:])
-    return images * (0.15 + 0.85 * masks)
 
 
 def grid(part, columns):

@@ -11,9 +11,9 @@ I0(4) = -1.575 if they are spread evenly over the circle.
     python lessons/circle.py
     python lessons/circle.py --epochs 50 --temperature 0.5
 
-Options that are not listed in --help go to simclr.py. Writes lessons/circle.csv, a line per seed
-and evaluation, on validation images, and lessons/circle.png: training images of the first seed
-on the circle, before and after, each class on a ring of its own, and both measures over training.
+Options that are not listed in --help go to simclr.py. Writes lessons/circle.csv, both measures of
+some steps of every seed, as the loss gets z, and lessons/circle.png: these, and training images of
+the first seed on the circle, before and after, each class on a ring of its own.
 """
 
 import math
@@ -27,17 +27,30 @@ import common
 import simclr
 from lessons import shared
 
-CLAIM = "Two forces: images spread over the circle, views of one image stay together"
-KEYS = ["alignment", "uniformity", "spread", "head_knn_top1"]
+CLAIM = "Two forces: views of one image are pulled together, images are pushed apart"
+TERMS = ["alignment", "uniformity"]
 UNIFORM = math.log(torch.special.i0e(torch.tensor(4.0)).item())
+STEPS = {round(1.2**k) for k in range(100)}
 
 
-def angles(net, data, run):
-    """Angles of z in radians, for every second training image, and the labels of these."""
-    net.eval()
-    (images, index), view = data.fit, simclr.central(run.args.image_size)
-    z, labels = common.embed(lambda x: net(*x)[1:], (images, index[::2]), view, run)
-    return torch.atan2(z[:, 1], z[:, 0]).cpu(), labels.cpu()
+class StepRun(common.Run):
+    """A run that keeps both measures of some steps."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.kept, self.z = [], []
+
+    def gather(self, x):
+        self.z.append(super().gather(x))  # in a step z1, then z2
+        return self.z[-1]
+
+    def log(self, ok, **figures):
+        super().log(ok, **figures)
+        z1, z2 = (z.detach() for z in self.z[-2:])
+        self.z.clear()
+        if self.step in STEPS:
+            found = common.health(z1, z1, z2)
+            self.kept.append({"step": self.step} | {k: found[k] for k in TERMS})
 
 
 def untrained(data, run):
@@ -51,20 +64,26 @@ def untrained(data, run):
         return [net(x)[1] for x in simclr.augment(views, run.args)]
 
     common.embed(two_views, data.fit, simclr.crops(run.args), run)
-    return net
+    return net.eval()
 
 
-def evaluated(net, data, run):
-    """What simclr.evaluate reports on a network, as the row of epoch 0."""
-    held, run.rows = run.rows, [{"epoch": 0}]
-    simclr.evaluate(net, data, run.args, run)
-    [row], run.rows = run.rows, held
-    return row
+def angles(net, data, run):
+    """Angles of z in radians, for every second training image, and the labels of these."""
+    net.eval()
+    (images, index), view = data.fit, simclr.central(run.args.image_size)
+    z, labels = common.embed(lambda x: net(*x)[1:], (images, index[::2]), view, run)
+    return torch.atan2(z[:, 1], z[:, 0]).cpu(), labels.cpu()
+
+
+def knn_top1(net, data, run):
+    """k-NN of z, in %."""
+    view, splits = simclr.central(run.args.image_size), data.splits(test=False)
+    return simclr.accuracies(lambda x: net(*x)[1:], [""], view, splits, run)["knn_top1"]
 
 
 def draw(whole, means, circles):
-    """means: a row for each evaluated epoch; circles: title -> angles and labels."""
-    left, right = whole.subfigures(1, 2, width_ratios=[2.2, 1])
+    """means: a row for each step that was kept; circles: title -> angles and labels."""
+    left, right = whole.subfigures(1, 2, width_ratios=[2, 1])
     axes = left.subplots(1, 2, subplot_kw={"projection": "polar"})
     for ax, (title, (angle, labels)) in zip(axes, circles.items()):
         for c in labels.unique().tolist():
@@ -72,48 +91,52 @@ def draw(whole, means, circles):
             ax.plot(here, torch.full_like(here, 6 + c), ".", ms=3, alpha=0.4)
         ax.set(title=title, xticks=[], yticks=[], ylim=(0, 7 + labels.max().item()))
         ax.grid(False)
-    floors = {"alignment": (2, "anywhere on the circle"), "uniformity": (UNIFORM, "uniform")}
+    floors = {"alignment": (2, "two random points"), "uniformity": (UNIFORM, "spread evenly")}
     for ax, (key, floor) in zip(right.subplots(2, 1, sharex=True), floors.items()):
-        ax.errorbar([row["epoch"] for row in means], [row[key] for row in means],
-                    [row[f"{key}_sd"] for row in means], fmt="o-", capsize=3)
+        ax.errorbar([row["step"] for row in means], [row[key] for row in means],
+                    [row[f"{key}_sd"] for row in means], fmt=".-", capsize=2)
         shared.floor(ax, *floor)
-        ax.set(ylabel=key)
-        ax.margins(y=0.25)
-    ax.set(xlabel="epoch", xticks=[row["epoch"] for row in means])
+        shared.floor(ax, 0, "all at one point", "left")
+        ax.set(ylabel=key, xscale="log")
+        ax.margins(y=0.2)
+    ax.set(xlabel="step")
 
 
-def answer(means):
-    """Is uniformity over half of the best possible, and alignment under half of that before?"""
+def answer(means, top1):
+    """Do views come together, and do images spread again after they have? means: a row for each
+    step that was kept; top1: title -> k-NN from the angle, mean over the seeds."""
     first, last = means[0], means[-1]
-    holds = last["uniformity"] < UNIFORM / 2 and last["alignment"] < first["alignment"] / 2
-    text = (f"uniformity {first['uniformity']:.2f} before, {last['uniformity']:.2f} after (at best "
-            f"{UNIFORM:.2f}); alignment {first['alignment']:.2f} before, {last['alignment']:.2f} "
-            "after")
-    if "head_knn_top1" in last:
-        text += (f"; from the angle alone k-NN tells the class of {last['head_knn_top1']:.0f} % "
-                 f"({first['head_knn_top1']:.0f} before)")
-    return shared.answer(holds, text + ".")
+    closest = max(means, key=lambda row: row["uniformity"])
+    held = [shared.compare(last, first, "alignment") < 0,
+            shared.compare(last, closest, "uniformity") < 0]
+    text = (f"alignment is {first['alignment']:.2f} in the first step and {last['alignment']:.2f} "
+            f"in the last; uniformity {first['uniformity']:.2f}, {closest['uniformity']:.2f} in "
+            f"step {closest['step']}, {last['uniformity']:.2f} in the last (spread evenly "
+            f"{UNIFORM:.2f})")
+    if top1:
+        before, after = top1.values()
+        text += f"; the angle alone tells k-NN the class of {after:.0f} % ({before:.0f} before)"
+    return shared.answer(held, text + ".")
 
 
 def main(argv=None):
     own, options = shared.parser(__doc__, "circle", epochs=12).parse_known_args(argv)
-    rows, circles = [], {}
-    options = ["--dim", 2, "--eval-every", max(own.epochs // 4, 1), *options]
+    rows, circles, top1 = [], {}, {}
+    options = ["--dim", 2, "--eval-every", 0, *options]
     for seed in range(own.seeds):
-        net, data, run = shared.train(simclr, own, "circle", seed, options)
-        before = untrained(data, run)
-        for row in [evaluated(before, data, run), *run.rows]:
-            if "spread" in row:
-                rows.append(row | {"seed": seed})
-        if seed == 0:
-            circles = {"before training": angles(before, data, run),
-                       "after, each class on a ring": angles(net, data, run)}
-    keys = [k for k in KEYS if k in rows[0]]
-    shared.write_csv(f"{own.out}/circle.csv", rows, ["seed", "epoch", *keys])
-    means = shared.over_seeds(rows, ["epoch"], keys)
+        net, data, run = shared.train(simclr, own, "circle", seed, options, StepRun)
+        rows += [row | {"seed": seed} for row in run.kept]
+        for title, each in (("before training", untrained(data, run)),
+                            ("after, each class on a ring", net.eval())):
+            if seed == 0:
+                circles[title] = angles(each, data, run)
+            if data.labelled:
+                top1[title] = top1.get(title, 0) + knn_top1(each, data, run) / own.seeds
+    shared.write_csv(f"{own.out}/circle.csv", rows, ["seed", "step", *TERMS])
+    means = shared.over_seeds(rows, ["step"], TERMS)
     shared.figure(f"{own.out}/circle.png", (11, 4.5), draw, means, circles, claim=CLAIM,
-                  answer=answer(means))
-    shared.show(means, ["epoch", *keys])
+                  answer=answer(means, top1))
+    shared.show(means, ["step", *TERMS])
 
 
 if __name__ == "__main__":

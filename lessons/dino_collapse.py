@@ -87,7 +87,7 @@ def answer(ends, means):
         holds = holds and all(shared.compare(full, row, "knn_top1") > 0 for row in others)
         top1 = ", ".join(f"{row['run']} {row['knn_top1']:.0f} %" for row in means)
         parts = [f"k-NN top-1 of h: {top1}"]
-    return shared.answer(holds, "; ".join([*shares, *parts]) + ".")
+    return shared.answer([holds], "; ".join([*shares, *parts]) + ".")
 
 
 def main(argv=None):

@@ -183,11 +183,10 @@ def answer(ours, *floors, count):
     most = max(floors, key=lambda row: row["miou"])
     least = min(floors, key=lambda row: row["rmse"])
     ahead = [shared.compare(ours, most, "miou") > 0, shared.compare(ours, least, "rmse") < 0]
-    holds = None if any(ahead) and not all(ahead) else all(ahead)
-    return shared.answer(holds, f"mean IoU of the classes {ours['miou']:.0f} %, by "
+    return shared.answer(ahead, f"mean IoU of the classes {ours['miou']:.0f} %, by "
                          f"{most['features']} {most['miou']:.0f} %; error of the depth "
                          f"{ours['rmse']:.3f}, by {least['features']} {least['rmse']:.3f} "
-                         f"({shared.runs(count)} of DINOv2).")
+                         f"({shared.plural(count, 'run')} of DINOv2).")
 
 
 def main(argv=None):
@@ -217,7 +216,7 @@ def main(argv=None):
     means = shared.over_seeds(rows, ["features"], KEYS[2:])
     shared.figure(f"{own.out}/dinov2_dense.png", (15, 9), draw, columns, means, claim=CLAIM,
                   answer=answer(*means[:4], count=min(own.seeds, len(trained))))
-    shared.show(means, ["features", *KEYS[2:]], f"{own.seeds} sets of images")
+    shared.show(means, ["features", *KEYS[2:]], f"{shared.plural(own.seeds, 'set')} of images")
     return rows
 
 

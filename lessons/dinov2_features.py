@@ -169,14 +169,14 @@ def main(argv=None):
     means = shared.over_seeds(rows, ["features"], ["same_part"])
     ours, *others = means
     best = max(others, key=lambda row: row["same_part"])
+    runs = shared.plural(min(own.seeds, len(trained)), "run")
     text = (f"the 20 nearest patches vote for the right part for {ours['same_part']:.0f} % of the "
-            f"patches by tokens of {own.method}.py "
-            f"({shared.runs(min(own.seeds, len(trained)))}), for {best['same_part']:.0f} % by "
+            f"patches by tokens of {own.method}.py ({runs}), for {best['same_part']:.0f} % by "
             f"{best['features']}, the best of the others.")
-    holds = shared.compare(ours, best, "same_part") > 0
+    ahead = shared.compare(ours, best, "same_part") > 0
     shared.figure(f"{own.out}/dinov2_features.png", (14, 6), draw, columns, means, claim=CLAIM,
-                  answer=shared.answer(holds, text))
-    shared.show(means, ["features", "same_part"], f"{own.seeds} sets of images")
+                  answer=shared.answer([ahead], text))
+    shared.show(means, ["features", "same_part"], f"{shared.plural(own.seeds, 'set')} of images")
     return rows
 
 

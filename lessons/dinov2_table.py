@@ -26,8 +26,6 @@ results but the slide's are on validation images, never on the test set.
 """
 
 import json
-import math
-import statistics
 import sys
 from pathlib import Path
 
@@ -105,30 +103,24 @@ def results_of(folder, argv):
         return json.loads(results.read_text())
     if not args.resume:  # a run that was killed before its first checkpoint leaves its folder
         (folder / "args.json").unlink(missing_ok=True)
-    with common.Run(args) as run:
+    with shared.LabelledRun(args) as run:
         common.write(run.folder / "asked.json", json.dumps(asked))
         net, data = dinov2.train(args, run)
         found = dinov2.evaluate(net, data, args, run) | shared.untrained(dinov2, data, run)
         return run.finish(net.backbone, found, dinov2.MEAN, dinov2.STD, dinov2.loading(args))
 
 
-def difference(now, above):
-    """Two lists, a value per seed -> difference of the means, its standard error, a word."""
-    change = statistics.mean(now) - statistics.mean(above)
-    if min(len(now), len(above)) < 2:
-        return change, math.nan, "one seed"
-    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (now, above)))
-    return change, error, "within noise" if abs(change) < 2 * error or change == 0 else ""
-
-
-def answer(table):
-    """How many changes make a difference."""
-    rows = [*table.values()]
-    words = [difference(b[key], a[key])[2] for key in TOP1 for a, b in zip(rows, rows[1:])]
-    text = f"{words.count('')} of {len(words)} differences from the row above are at least two"
-    # noise alone makes about two, and more than five in only a few of a hundred tables
-    holds = None if words.count("") > 5 else False
-    return shared.answer(holds, text + " standard errors; chance alone would give about two.")
+def answer(means):
+    """How many changes make a difference; means: a row for each of ROWS."""
+    if means[0]["seeds"] == 1:
+        return "One seed: no telling which differences are more than noise."
+    pairs = [*zip(means, means[1:])]
+    signs = [shared.compare(row, above, key) for key in TOP1 for above, row in pairs]
+    counted = len(signs) - signs.count(0)
+    # never yes; more than five are due to noise alone in only a few of a hundred tables
+    return shared.answer([counted > 5, False], (
+        f"{counted} of {len(signs)} differences from the row above are at least two standard "
+        "errors; with 3 seeds chance alone gives about two."))
 
 
 def draw(whole, means, epochs):
@@ -148,24 +140,24 @@ def draw(whole, means, epochs):
     right.set(title="slide, ImageNet top-1 in %, ViT-L")
 
 
-def show(table):
+def show(means):
     """Print the means over seeds, the differences from the row above with their standard errors,
     and the slide's differences."""
     for i, key in enumerate(TOP1, 1):
         print(f"\n{key} on validation images, its change, the change on the slide")
-        above = next(iter(table))
-        for row, columns in table.items():
-            change, error, word = difference(columns[key], table[above][key])
-            slide = ROWS[row][i] - ROWS[above][i]
-            mean = statistics.mean(columns[key])
-            print(f"{row:34}{mean:5.1f} {change:+7.1f} ± {error:3.1f} {word:13}{slide:+5.1f}")
-            above = row
+        for above, row in zip([means[0], *means], means):
+            change, error = shared.difference(row, above, key)
+            noise = "" if shared.compare(row, above, key) else "within noise"
+            noise = f"± {error:3.1f} {noise}" if row["seeds"] > 1 else "one seed"
+            slide = ROWS[row["row"]][i] - ROWS[above["row"]][i]
+            print(f"{row['row']:34}{row[key]:5.1f} {change:+7.1f} {noise:19}{slide:+5.1f}")
 
 
 def main(argv=None):
     p = shared.parser(__doc__, "dinov2_table", epochs=3)
     p.add_argument("--values", choices=VALUES, help="values of the rows (toys, other data: small)")
     own, others = p.parse_known_args(argv)
+    shared.refuse(others)
     args = common.options("dinov2", __doc__, dinov2.OPTIONS, others)
     values = own.values or ("toys" if args.dataset == common.BUILT_IN else "small")
     base = [*flags(column(BASE, values)), *f"--epochs {own.epochs} --eval-every 0".split(), *others]
@@ -174,17 +166,14 @@ def main(argv=None):
         for number, (row, chosen) in enumerate(options(values).items()):
             found = results_of(Path(own.runs) / f"{number}-s{seed}",
                                [*base, *flags(chosen), "--seed", str(seed)])
-            if "linear_top1" not in found:
-                common.fail("these images have no labels, so there is nothing to probe")
             rows.append(found | {"row": row, "seconds": found["train_seconds"]})
     shared.write_csv(f"{own.out}/dinov2_table.csv", rows, [
         "row", "seed", "epochs", *chosen, *TOP1, *FLOORS, "seconds", "rank_h", "spread"])
     means = shared.over_seeds(rows, ["row"], [*TOP1, *FLOORS])
-    table = {row: {key: [r[key] for r in rows if r["row"] == row] for key in TOP1} for row in ROWS}
     shared.figure(f"{own.out}/dinov2_table.png", (12, 5), draw, means, found["epochs"],
-                  claim="Ten changes lead from iBOT to DINOv2", answer=answer(table))
-    show(table)
-    return table
+                  claim="Ten changes lead from iBOT to DINOv2", answer=answer(means))
+    show(means)
+    return means
 
 
 if __name__ == "__main__":

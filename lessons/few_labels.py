@@ -113,7 +113,7 @@ def choose(net, floor, data, run):
     return chosen
 
 
-def compare(net, floor, chosen, data, each, seed, run):
+def measure(net, floor, chosen, data, each, seed, run):
     """Test top-1 with `each` labels per class, a row for each way."""
     images, pool = data.fit
     index = subset(images.labels, pool, each, seed)
@@ -152,8 +152,7 @@ def answer(means):
     counts = [str(a["labels per class"]) for (a, _), won in zip(pairs, ahead) if won]
     middle = len(pairs) // 2
     figures = ", ".join(f"{name} {rows[middle]['test_top1']:.0f} %" for name, rows in ways.items())
-    holds = None if any(ahead) and not all(ahead) else all(ahead)
-    return shared.answer(holds, f"frozen features are ahead of training from scratch with "
+    return shared.answer(ahead, f"frozen features are ahead of training from scratch with "
                          f"{', '.join(counts) or 'no number of'} labels per class. With "
                          f"{pairs[middle][0]['labels per class']}: {figures}.")
 
@@ -169,8 +168,10 @@ def main(argv=None):
     o("--updates", **common.FROM_1, default=600, help="steps of a network, at least (600)")
     o("--passes", **common.FROM_1, default=30, help="passes over the labels, at least (30)")
     o("--batch-size", **common.FROM_1, default=64, help="at most (64)")
-    o("--lrs", **common.POSITIVE, nargs="+", default=[0.05, 0.2, 0.8], help="rates to choose from")
+    o("--lrs", **common.POSITIVE, nargs="+", default=[0.05, 0.2, 0.8],
+      help="peak rates, times N / 256, to choose from (0.05 0.2 0.8)")
     own, options = p.parse_known_args(argv)
+    shared.refuse(options, "--labelled")
     net, meta = checkpoint.backbone(own.backbone)
     args = common.options("few_labels", __doc__, simclr.OPTIONS,
                           ["--image-size", str(meta["image_size"]),
@@ -180,8 +181,7 @@ def main(argv=None):
     rows = []
     with common.Run(args) as run:
         data = common.load_data(args, simclr.OPTIONS, run)
-        if not data.labelled:
-            common.fail(f"{args.dataset} has no labels to learn from")
+        shared.need_labels(data)
         images, pool = data.fit
         least = images.labels[pool].unique(return_counts=True)[1].min().item()
         if max(*own.labels, own.choose_at) > least:
@@ -192,7 +192,7 @@ def main(argv=None):
         for each in own.labels:
             for seed in range(own.seeds):
                 start = checkpoint.untrained(meta, seed).eval().to(run.device)
-                rows += compare(net, start, chosen, data, each, seed, run)
+                rows += measure(net, start, chosen, data, each, seed, run)
     shared.write_csv(f"{own.out}/few_labels.csv", rows, [*rows[0]])
     means = shared.over_seeds(rows, ["labels per class", "how"], ["test_top1"])
     shared.figure(f"{own.out}/few_labels.png", (7, 5), draw, means, claim=CLAIM,

@@ -98,7 +98,7 @@ def answer(means):
         if shared.compare(mlp, mlp, h, z) > 0 and shared.compare(mlp, none, h) > 0:
             lost.append(k)
     better = {1: "better than", 0: "as good as", -1: "worse than"}
-    return shared.answer({"x", "lightness"} <= {*lost}, (
+    return shared.answer([{"x", "lightness"} <= {*lost}], (
         f"R² in h, in z and in h without a head: {'; '.join(parts)}. For the class h is "
         f"{better[shared.compare(mlp, none, 'linear_top1')]} without a head "
         f"({mlp['linear_top1']:.1f} and {none['linear_top1']:.1f} %)."))
@@ -116,7 +116,7 @@ def main(argv=None):
     p = shared.parser(__doc__, "head", epochs=6)
     p.add_argument("--dataset", choices=[common.BUILT_IN], help="whose hidden factors are known")
     own, options = p.parse_known_args(argv)
-    shared.refuse(options, {"--labelled"})
+    shared.refuse(options, "--labelled")
     rows = []
     for seed in range(own.seeds):
         for head in HEADS:

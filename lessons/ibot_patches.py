@@ -156,8 +156,14 @@ def measure(net, x, labels, parts, seed, run):
     return rows, shown
 
 
+def known(means):
+    """The columns of which something is known of these images."""
+    return [key for key in KEYS[2:] if not math.isnan(means[0][key])]
+
+
 def draw(whole, shown, means, side):
-    """Matched patches, lime where they are right; means: a row for each kind of features."""
+    """Matched patches, lime where they are right, white on a set of which the parts are not known;
+    means: a row for each kind of features."""
     left, right = whole.subfigures(1, 2, width_ratios=[1.3, 1])
     for axes, (title, pairs) in zip(left.subplots(SHOWN, 2, squeeze=False).T, shown.items()):
         axes[0].set_title(title)
@@ -165,14 +171,16 @@ def draw(whole, shown, means, side):
             ax.axis("off")
         for ax, (a, b, found, good) in zip(axes, pairs):
             ax.imshow(torch.cat([a, b], 2).movedim(0, -1), extent=(0, 2 * side, side, 0))
+            if good.isnan().all():
+                good = good.nan_to_num(nan=2)
             good, found = good[found], torch.stack(found)  # (M,), (2, M)
             y = found // side + 0.5
             x = found % side + 0.5 + torch.tensor([[0], [side]])
-            for value, colour in ((0, "orange"), (1, "lime")):
+            for value, colour in enumerate(("orange", "lime", "white")):
                 ax.plot(x[:, good == value], y[:, good == value], "o-", c=colour, ms=4)
     ax = right.subplots()
     means = [row | {"features": row["features"].replace(" ", "\n")} for row in means]
-    shared.bars(ax, means, "features", {k: k.replace("_", " ") for k in KEYS[2:]})
+    shared.bars(ax, means, "features", {k: k.replace("_", " ") for k in known(means)})
     ax.set_title("matches that are right, %")
     ax.legend()
 
@@ -180,14 +188,14 @@ def draw(whole, shown, means, side):
 def answer(means, count):
     """count: number of checkpoints."""
     ours, parts, wins = means[0], [], []
-    for key in [key for key in KEYS[2:] if not math.isnan(ours[key])]:
+    for key in known(means):
         best = max(means[1:], key=lambda row: row[key])
         wins.append(shared.compare(ours, best, key) > 0)
         parts.append(f"{ours[key]:.0f} % are of the {key.replace('_', ' ')}, by {best['features']} "
                      f"{best[key]:.0f} %")
     other = f"; in another object of its class {parts[1]}" if parts[1:] else ""
-    text = f"of the matches {parts[0]}{other} ({shared.runs(count)} of iBOT)."
-    return shared.answer(wins[0], text)
+    text = f"of the matches {parts[0]}{other} ({shared.plural(count, 'run')} of iBOT)."
+    return shared.answer(wins[:1], text)
 
 
 def main(argv=None):
@@ -205,7 +213,7 @@ def main(argv=None):
     shared.figure(f"{own.out}/ibot_patches.png", (12, 6), draw, shown, means,
                   x.shape[-1] // net.backbone.patch_size, claim=CLAIM,
                   answer=answer(means, min(own.seeds, len(trained))))
-    shared.show(means, ["features", *KEYS[2:]], f"{own.seeds} sets of images")
+    shared.show(means, ["features", *known(means)], f"{shared.plural(own.seeds, 'set')} of images")
     return rows
 
 

@@ -55,8 +55,7 @@ def answer(means):
         ends = " and ".join(f"m = {row['m']:g} ends at {row['linear_top1']:.0f} ± "
                             f"{row['linear_top1_sd']:.0f} %" for row in (first, best))
         text.append(f"with {size} keys {ends}")
-    holds = all(held) or (None if any(held) else False)
-    return shared.answer(holds, f"{'; '.join(text)}.")
+    return shared.answer(held, f"{'; '.join(text)}.")
 
 
 def report(own, rows):
@@ -70,10 +69,10 @@ def report(own, rows):
 
 def main(argv=None):
     p = shared.parser(__doc__, "moco_momentum", epochs=8)
-    p.add_argument("--ms", type=float, nargs="+", default=[0, 0.5, 0.9, 0.99, 0.999, 1],
+    p.add_argument("--ms", **common.SHARE, nargs="+", default=[0, 0.5, 0.9, 0.99, 0.999, 1],
                    help="values of m (0 0.5 0.9 0.99 0.999 1)")
     p.add_argument("--short", **common.FROM_1, default=64, help="keys of the short queue (64)")
-    p.add_argument("--short-ms", type=float, nargs="*", default=[0, 0.9, 0.99],
+    p.add_argument("--short-ms", **common.SHARE, nargs="*", default=[0, 0.9, 0.99],
                    help="values of m with the short queue (0 0.9 0.99)")
     own, options = p.parse_known_args(argv)
     rows = []
@@ -85,9 +84,8 @@ def main(argv=None):
                 continue  # on a small set it is the recipe's
             for m in sorted(ms):
                 flags = [*options, *queue, "--m", m]
-                _, data, run = shared.train(moco, own, f"{name} {m:g}", seed, flags)
-                if not data.labelled:
-                    common.fail("these images have no labels, so there is nothing to probe")
+                _, data, run = shared.train(moco, own, f"{name} {m:g}", seed, flags,
+                                            shared.LabelledRun)
                 floor = floor or shared.untrained(moco, data, run)
                 rows.append(vars(run.args) | run.rows[-1] | floor)
         report(own, rows)

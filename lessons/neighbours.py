@@ -72,8 +72,7 @@ def main(argv=None):
     size = meta["image_size"]
     data = common.Data(own.dataset or meta["dataset"], meta["data_dir"], meta["limit"])
     data.read(size, "cpu", meta["memory_limit"], meta["workers"])
-    if not data.labelled:
-        common.fail("these images have no labels, so there is nothing to compare")
+    shared.need_labels(data)
     bank, (test, _) = data.train, data.test
     chosen = [int((test.labels == c).nonzero()[0]) for c in test.labels.unique()[: own.classes]]
     name = METHODS.get(meta["method"], meta["method"])

@@ -32,12 +32,26 @@ def folder(path):
     return Path(path)
 
 
-def refuse(options, useless=frozenset({"--seed", "--resume", "--eval"})):
-    """Fail on options that make no sense where a lesson trains networks of its own."""
+def refuse(options, *others):
+    """Fail on options that make no sense where a lesson trains networks of its own, and others."""
+    useless = {"--seed", "--resume", "--eval", *others}
     given = {str(o).split("=")[0] for o in options} & useless
     if given:
         common.fail(f"this lesson does not take {min(given)}: it trains its own networks, with "
                     "--seeds seeds, on known images")
+
+
+def need_labels(data):
+    if not data.labelled:
+        common.fail("these images have no labels, and this lesson needs them")
+
+
+class LabelledRun(common.Run):
+    """A run that does not begin to train on images without labels."""
+
+    def epochs(self, data):
+        need_labels(data)
+        yield from super().epochs(data)
 
 
 def train(method, own, name, seed, options, kind=common.Run):
@@ -85,24 +99,30 @@ def over_seeds(rows, by, keys):
     return means
 
 
+def difference(a, b, key, other=None):
+    """a[key] - b[other or key] of means, and its standard error, 0 with one seed; a, b: rows of
+    over_seeds, of as many seeds."""
+    other = other or key
+    error = math.sqrt((a[f"{key}_sd"] ** 2 + b[f"{other}_sd"] ** 2) / a["seeds"])
+    return a[key] - b[other], error
+
+
 def compare(a, b, key, other=None):
     """1 if the mean a[key] is above b[other or key], -1 if it is below, and 0 if the difference is
-    within twice its standard error (or nan); a, b: rows of over_seeds, of as many seeds. With one
-    seed any difference counts."""
-    other = other or key
-    difference = a[key] - b[other]
-    error = math.sqrt((a[f"{key}_sd"] ** 2 + b[f"{other}_sd"] ** 2) / a["seeds"])
-    return (difference > 2 * error) - (difference < -2 * error)
+    within twice its standard error (or nan). With one seed any difference counts."""
+    change, error = difference(a, b, key, other)
+    return (change > 2 * error) - (change < -2 * error)
 
 
-def answer(holds, text):
-    """The sentence below a figure; holds: whether the rows show its claim (None: partly)."""
-    word = "Partly" if holds is None else "Yes" if holds else "Not in these runs"
+def answer(held, text):
+    """The sentence below a figure; held: for each part of its claim, whether the rows show it."""
+    word = "Yes" if all(held) else "Partly" if any(held) else "Not in these runs"
     return f"{word}: {text}"
 
 
-def runs(count):
-    return "1 run" if count == 1 else f"{count} runs"
+def plural(count, thing):
+    """2, "run" -> "2 runs"."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def cell(row, key):

@@ -31,7 +31,7 @@ SCHEDULES = [RISING, CONSTANT, ZERO]
 KEYS = ["m", "seed", "epoch", "network", "knn_top1"]
 
 
-class TwoNets(common.Run):
+class TwoNets(shared.LabelledRun):
     """A run that evaluates student and teacher after every epoch, with this schedule of m."""
 
     def __init__(self, schedule, args):
@@ -46,8 +46,6 @@ class TwoNets(common.Run):
         self.args.m_end = 1.0 if self.schedule == RISING else self.args.m
 
     def epochs(self, data):
-        if not data.labelled:
-            common.fail("these images have no labels, so there is nothing to compare")
         self.data = data
         yield from super().epochs(data)
 
@@ -87,7 +85,7 @@ def draw(whole, means, floor):
 def answer(rows, means):
     """Top-1 of the last teachers; how far a teacher is ahead of its student over all epochs."""
     leads = []
-    for m, seed in {(row["m"], row["seed"]): 0 for row in rows if row["m"] != ZERO}:
+    for m, seed in dict.fromkeys((row["m"], row["seed"]) for row in rows if row["m"] != ZERO):
         top1 = {name: [row["knn_top1"] for row in rows
                        if (row["m"], row["seed"], row["network"]) == (m, seed, name)]
                 for name in ("student", "teacher")}
@@ -98,8 +96,8 @@ def answer(rows, means):
     last = {row["m"]: row for row in means if row["network"] == "teacher"
             and row["epoch"] == means[-1]["epoch"]}
     ends = ", ".join(f"{row['knn_top1']:.0f} % if m {m}" for m, row in last.items())
-    holds = shared.compare(last[RISING], last[ZERO], "knn_top1") > 0
-    return shared.answer(holds, f"the teacher ends at {ends}. Points by which it is ahead of its "
+    ahead = shared.compare(last[RISING], last[ZERO], "knn_top1") > 0
+    return shared.answer([ahead], f"the teacher ends at {ends}. Points by which it is ahead of its "
                          f"student, averaged over the epochs: {leads}.")
 
 

@@ -130,7 +130,7 @@ def answer(by_tau):
         if "linear_top1" in first:
             text[-1] += (f" (linear probe {first['linear_top1']:.1f} and "
                          f"{last['linear_top1']:.1f} %)")
-    return shared.answer(signs == [1, -1], "; ".join(text) + ".")
+    return shared.answer([signs == [1, -1]], "; ".join(text) + ".")
 
 
 def report(own, rows, keys, recipe):
@@ -148,13 +148,13 @@ def report(own, rows, keys, recipe):
 
 def main(argv=None):
     p = shared.parser(__doc__, "temperature", epochs=4)
-    p.add_argument("--taus", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.5, 2.0],
+    p.add_argument("--taus", **common.POSITIVE, nargs="*", default=[0.05, 0.1, 0.2, 0.5, 2.0],
                    help="values of tau (0.05 0.1 0.2 0.5 2)")
-    p.add_argument("--longer", **common.FROM_1, default=6,
+    p.add_argument("--longer", **common.FROM_2, default=6,
                    help="how many times as many epochs the longer runs have (6)")
-    p.add_argument("--longer-taus", type=float, nargs="*", default=[0.05, 0.2, 2.0],
+    p.add_argument("--longer-taus", **common.POSITIVE, nargs="*", default=[0.05, 0.2, 2.0],
                    help="values of tau for longer runs (0.05 0.2 2)")
-    p.add_argument("--batch-sizes", type=int, nargs="*", default=[16, 256],
+    p.add_argument("--batch-sizes", **common.FROM_2, nargs="*", default=[16, 256],
                    help="at the recipe's tau, in addition to its batch size (16 256)")
     own, options = p.parse_known_args(argv)
     epochs = own.epochs * own.longer

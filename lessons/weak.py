@@ -102,7 +102,7 @@ def measure(own, task, name, seed, options):
     net, data, run = shared.train(weak, own, f"{task} {name}", seed, [*options, *flags])
     row = {"name": name, "seed": seed} | run.rows[-1]
     if task == "noisy":
-        row["best_plain_accuracy"] = max(row["plain_accuracy"] for row in run.rows)
+        row["best_plain_accuracy"] = max(epoch["plain_accuracy"] for epoch in run.rows)
     picture = weighed(net, data, run) if RUNS[task][name] == "--pool attention" else None
     return row, picture
 
@@ -130,7 +130,7 @@ def answer(task, means):
     row = means[-1 if task == "labeling" else 0]
     parts = [f"{row['name']}: {row[ours]:.1f} ({row[floor]:.1f}, {row[ceiling]:.1f})"
              for row in means]
-    return shared.answer(shared.compare(row, row, ours, floor) > 0,
+    return shared.answer([shared.compare(row, row, ours, floor) > 0],
                          f"in %, with floor and ceiling in brackets: {'; '.join(parts)}.")
 
 

@@ -39,8 +39,8 @@ def written(folder, name):
 
 @pytest.mark.parametrize("name, rows, own", [
     ("head", 3, "--batch-size 40"),
-    ("competing", 2 * 3, "--batch-size 20 --bits 2"),
-    ("circle", 2, "--batch-size 40"),
+    ("competing", 2 * 4, "--batch-size 20 --bits 2 1"),
+    ("circle", 3, "--batch-size 12"),
     ("augmentations", 3, "--batch-size 40"),
     ("temperature", 3, "--batch-size 40 --taus 0.2 1 --longer 2 --longer-taus 1 --batch-sizes 40"),
     ("byol_collapse", 2, "--batch-size 40"),
@@ -78,6 +78,31 @@ def test_weak(tmp_path, monkeypatch):
     worlds = {k: module.planted(*world, seed=0) for k, world in module.WORLDS.items()}
     ahead = {k: v["label_model_accuracy"] - v["majority_accuracy"] for k, v in worlds.items()}
     assert ahead["unequal"] > 5 and abs(ahead["alike"]) < 1 and ahead["one 6 times"] < -5
+
+
+def test_measures_on_the_circle_are_of_what_the_loss_gets(tmp_path, monkeypatch):
+    module, nt_xent, got = lesson("circle"), simclr.nt_xent, []
+    monkeypatch.setattr(simclr, "nt_xent", lambda z1, z2, tau: (
+        got.append(common.health(z1, z1, z2)), nt_xent(z1, z2, tau))[1])
+    monkeypatch.setattr(module, "STEPS", {1, 3})
+    argv = [*TINY, "--batch-size", 12, "--dim", 2, "--out", tmp_path / "run"]
+    _, _, run = train(simclr, argv, module.StepRun)
+    assert run.kept == [{"step": i, "alignment": got[i - 1]["alignment"],
+                         "uniformity": got[i - 1]["uniformity"]} for i in (1, 3)]
+
+
+def test_answer_of_circle():
+    """Both forces have to show: together first, then apart."""
+    def row(step, alignment, uniformity):
+        return {"step": step, "seeds": 3, "alignment": alignment, "alignment_sd": 0.1,
+                "uniformity": uniformity, "uniformity_sd": 0.05}
+
+    answer = lesson("circle").answer
+    start, closest, apart = row(1, 1.2, -1.0), row(15, 0.0, -0.02), row(700, 0.2, -0.98)
+    assert answer([start, closest, apart], {}).startswith("Yes")
+    assert "-0.02 in step 15, -0.98 in the last" in answer([start, closest, apart], {})
+    assert answer([start, closest], {}).startswith("Partly")
+    assert answer([start, start | {"step": 9}], {}).startswith("Not in these runs")
 
 
 def test_answer_of_weak():
@@ -197,6 +222,9 @@ def test_answers():
                 | {"run": "BYOL", "epoch": 4},
                 row(loss=2, spread=spread, knn_top1=knn) | {"run": "no predictor", "epoch": 4}]
         assert answer(rows).startswith(holds)
+        for loss, word in ((20, holds), (1, "Not")):
+            other = rows[0] | {"run": "SimSiam (m = 0)", "loss": loss}
+            assert answer([rows[0], other, rows[1]]).startswith(word)
     answer = lesson("temperature").answer
     for later, holds in ((-30, "Yes"), (-18, "Not")):
         rows = [row(tau=tau, uniformity=u, linear_top1=50) | {"epochs": epochs}
@@ -273,12 +301,22 @@ def test_tables(tmp_path, capsys):
 
 
 def test_compare():
-    """By hand: variances 1 and 4 of 3 seeds, twice the standard error is 2 sqrt(5 / 3) = 2.58."""
+    """By hand: variances 1 and 4 of 3 seeds, the error is the root of 5 / 3, twice it 2.58."""
     b = {"v": 10, "v_sd": 2.0, "seeds": 3}
     for v, sign in ((12.5, 0), (12.6, 1), (7.5, 0), (7.4, -1)):
-        assert shared.compare({"v": v, "v_sd": 1.0, "seeds": 3}, b, "v") == sign
+        a = {"v": v, "v_sd": 1.0, "w": 10, "w_sd": 2.0, "seeds": 3}
+        found = shared.difference(a, b, "v")
+        assert found == shared.difference(a, a, "v", "w") == pytest.approx((v - 10, (5 / 3) ** 0.5))
+        assert shared.compare(a, b, "v") == shared.compare(a, a, "v", "w") == sign
     one, other = ({"v": v, "v_sd": 0, "seeds": 1} for v in (1, 2))
+    assert shared.difference(other, one, "v") == (1, 0)
     assert (shared.compare(one, other, "v"), shared.compare(one, one, "v")) == (-1, 0)
+
+
+def test_word_of_an_answer():
+    for held, word in (([1], "Yes"), ([1, 1], "Yes"), ([1, 0], "Partly"), ([0, 1], "Partly"),
+                       ([0], "Not in these runs"), ([0, 0], "Not in these runs")):
+        assert shared.answer([*map(bool, held)], "of 3.") == f"{word}: of 3."
 
 
 def test_floor(tmp_path):
@@ -295,13 +333,36 @@ def test_what_a_lesson_cannot_use(tmp_path, capsys):
     argv = [*TINY, *"--batch-size 40 --arch convnet --stem 7x7 --runs".split(), tmp_path / "runs"]
     assert "--eval" in refused("head", capsys, *argv, "--eval", "last.pt")
     assert "toys" in refused("head", capsys, *argv, "--dataset", "cifar10")
-    for name in ("head", "competing"):
+    for name in ("head", "competing", "pretext_tasks"):
         assert "--labelled" in refused(name, capsys, *argv, "--labelled", tmp_path)
+    for flag in ("--labelled", "--eval", "--seed"):
+        assert flag in refused("few_labels", capsys, tmp_path / "backbone.pt", flag, "1")
     assert "--guards" in refused("pretext_tasks", capsys, *TINY, "--guards", "--tasks", "patch")
-    argv += ["--dataset", folder_of(40, tmp_path / "images")]
-    assert "no labels" in refused("moco_momentum", capsys, *argv, "--bn-splits", 2)
-    argv = [*TINY, "--runs", tmp_path / "runs", "--dataset", tmp_path / "images"]
-    assert "no labels" in refused("teacher", capsys, *argv, "--batch-size", 20)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("temperature", "--taus 0"), ("temperature", "--longer 1"), ("temperature", "--longer-taus -1"),
+    ("temperature", "--batch-sizes 1"), ("moco_momentum", "--ms 0.9 1.1"),
+    ("moco_momentum", "--short-ms -0.1"), ("byol_collapse", "--limit 0"),
+    ("competing", "--bits 2 2"), ("competing", "--bits 4")])
+def test_values_that_a_lesson_cannot_use(tmp_path, capsys, name, flags):
+    argv = [*TINY, "--runs", tmp_path / "runs", "--out", tmp_path, *flags.split()]
+    assert flags.split()[0] in refused(name, capsys, *argv) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", "augmentations competing moco_momentum teacher pretext_tasks "
+                         "dinov2_table few_labels neighbours".split())
+def test_a_lesson_that_needs_labels(tmp_path, capsys, name):
+    """It says so before it has trained any network."""
+    argv = [*TINY, "--batch-size", 20, "--runs", tmp_path / "runs"]
+    if name in ("few_labels", "neighbours"):
+        untrained(simclr, tmp_path)
+        argv = [tmp_path / "backbone.pt", *(argv if name == "few_labels" else [])]
+    argv += ["--values", "toys"] if name == "dinov2_table" else []  # for their batch size
+    argv += ["--dataset", folder_of(40, tmp_path / "images"), "--out", tmp_path]
+    assert "no labels" in refused(name, capsys, *argv)
+    assert not [*(tmp_path / "runs").rglob("*.pt")]
 
 
 def test_dinov2_table(tmp_path, monkeypatch, capsys):
@@ -313,17 +374,18 @@ def test_dinov2_table(tmp_path, monkeypatch, capsys):
             "1", "--runs", str(runs), "--out", str(tmp_path)]
     module.main([*argv, "--seeds", "1"])
     first = {f: f.stat().st_mtime_ns for f in runs.glob("*/results.json")}
-    table = module.main([*argv, "--seeds", "2"])
+    means = module.main([*argv, "--seeds", "2"])
     assert all(f.stat().st_mtime_ns == time for f, time in first.items())
     assert sorted(f.name for f in runs.iterdir()) == ["0-s0", "0-s1"]
     for folder in runs.iterdir():
         made = json.loads((folder / "args.json").read_text())
         assert folder.name == f"0-s{made['seed']}"
         assert (made["image_size"], made["patch_size"], made["koleo"]) == (24, 8, 0)
-    assert list(table) == [*some] and all(len(row["knn_top1"]) == 2 for row in table.values())
+    assert [(row["row"], row["seeds"]) for row in means] == [(name, 2) for name in some]
     assert len(written(tmp_path, "dinov2_table")) == 2
     argv += ["--seeds", "1", "--knn-k", "5"]
     assert "other options" in refused("dinov2_table", capsys, *argv)
+    assert "take --eval" in refused("dinov2_table", capsys, *argv, "--eval", "last.pt")
 
 
 def test_dinov2_table_rows():
@@ -346,15 +408,21 @@ def test_dinov2_table_rows():
 
 
 def test_dinov2_table_differences(capsys):
-    """By hand: variances 1 and 4 of 3 seeds, the error is the root of 5 / 3, twice it 2.58."""
+    """By hand: of variance 1 and 3 seeds, the error is the root of 2 / 3."""
     module = lesson("dinov2_table")
-    for shift, word in ((2.5, "within noise"), (2.6, ""), (-2.5, "within noise"), (-2.6, "")):
-        change, error, said = module.difference([9 + shift, 10 + shift, 11 + shift], [8, 10, 12])
-        assert (change, error, said) == (pytest.approx(shift), pytest.approx((5 / 3) ** 0.5), word)
-    assert module.difference([3], [1])[::2] == (2, "one seed")
-    assert module.difference([3, 3], [3, 3]) == (0, 0, "within noise")
-    module.show({row: dict.fromkeys(module.TOP1, [m - 1, m, m + 1])
-                 for row, m in zip(module.ROWS, (20, 30, 31))})
+
+    def means(figures, seeds=3):
+        rows = [{"row": name} | dict.fromkeys(module.TOP1, v + i - seeds // 2)
+                for name, v in zip(module.ROWS, figures) for i in range(seeds)]
+        return shared.over_seeds(rows, ["row"], module.TOP1)
+
+    for figures, text in (((20, 30, 31), "Not in these runs: 2 of 4 differences"),
+                          ((20, 30, 20, 30), "Partly: 6 of 6 differences")):
+        assert module.answer(means(figures)).startswith(text)
+    assert module.answer(means((20, 30), seeds=1)).startswith("One seed: no telling")
+    module.show(means((20, 30), seeds=1))
+    assert capsys.readouterr().out.split()[-5:] == ["30.0", "+10.0", "one", "seed", "-1.2"]
+    module.show(means((20, 30, 31)))
     lines = capsys.readouterr().out.splitlines()
     for key, slide in ((0, ("+0.9", "+1.2")), (5, ("-1.2", "-0.1"))):
         assert lines[key + 3].split()[5:] == ["30.0", "+10.0", "±", "0.8", slide[0]]
@@ -524,9 +592,29 @@ def test_ibot_patches(tmp_path, capsys):
     row, *_ = module.main([str(tmp_path / "backbone.pt"), "--dataset", str(folder), "--size", "24",
                            *out])
     assert 0 <= row["same_place"] <= 100 and math.isnan(row["same_part"])
+    assert "1 set of images" in capsys.readouterr().out
     refused("ibot_patches", capsys, last, "--size", 3, *out)
     assert "--finer 3" in refused("ibot_patches", capsys, last, "--finer", 3, *out)
     assert "none.pt" in refused("ibot_patches", capsys, tmp_path / "none.pt", *out)
+
+
+def test_colours_of_matches():
+    """Right, wrong, and of a patch that shows no part; then white, where no part is known."""
+    module, figure = lesson("ibot_patches"), pytest.importorskip("matplotlib.figure")
+    x, found = torch.zeros(3, 8, 8), (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
+    good = torch.tensor([[1.0], [0.0], [math.nan], [0.0]]).expand(4, 4)
+    for parts, part, drawn, columns in (
+            (good, 50.0, {"orange": 1, "lime": 1}, ["same place", "same part"]),
+            (good * math.nan, math.nan, {"white": 3}, ["same place"])):
+        shown = {"two views": [(x, x, found, good)], "two objects": [(x, x, found, parts)]}
+        row = {"features": "iBOT", "same_place": 50.0, "same_part": part, "same_place_sd": 1.0,
+               "same_part_sd": 1.0}
+        whole = figure.Figure()
+        module.draw(whole, shown, [row], side=2)
+        lines = whole.axes[1].lines
+        colours = [line.get_color() for line in lines if line.get_xdata().size]
+        assert {c: colours.count(c) for c in colours} == drawn
+        assert [t.get_text() for t in whole.axes[-1].get_legend().get_texts()] == columns
 
 
 def test_symmetric_pixels():

@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
     last = root / "runs" / "simclr-toys-s0" / "last.pt"
     tiny = [*TINY, "--image-size", 32, "--epochs", 1, "--eval-every", 0]
     quiet(simclr, [*tiny, "--out", last.parent])
-    command, = re.findall(r"^python simclr.py (.+)$", SECTIONS[0], re.M)
+    features, = (s for s in SECTIONS if s.startswith("Features of every image\n"))
+    command, = re.findall(r"^python simclr.py (.+)$", features, re.M)
     argv = [re.sub("^(?=runs/|features)", f"{root.as_posix()}/", word) for word in command.split()]
     quiet(simclr, [*tiny, *argv, "--out", root / "eval"])
     quiet(simclr, [*tiny, "--arch", "resnet18", "--out", root / "runs" / "simclr-resnet18"])
@@ -78,6 +79,18 @@ def test_own_pytorch(net, capsys):
     torch.manual_seed(0)
     found = run("In your own PyTorch", net=net)
     assert close(found["h"].detach(), h, 1e-5)
+    for mode, suffix in (("I;16", "png"), ("F", "tif"), ("RGBA", "png"), ("P", "gif")):
+        image = Image.fromarray(np.uint16(images[0, 0] * 9.0)) if mode == "I;16" else Image.open(
+            "new/000.png").convert("L" if mode == "F" else mode).convert(mode)
+        image.save(f"{mode[0]}.{suffix}")
+        read = np.asarray(found["load"](f"{mode[0]}.{suffix}"))
+        assert np.ptp(read) > 50 and (read == common.read_image(f"{mode[0]}.{suffix}")).all()
+    at_random = torch.rand(2, 3, 8, 8)
+    section, = (s for s in SECTIONS if s.startswith("Your images\n"))
+    *_, turn = re.findall(r"```python\n(.+?)```", section, re.S)
+    exec(turn, names := {"torch": torch, "x": at_random.repeat(40, 1, 1, 1)})
+    kinds = names["x"].unique(dim=0)
+    assert kinds.shape == (8, 3, 8, 8) and close(kinds.mean(), at_random.mean(), 1e-6)
     told = re.findall(r"^new/(\d+).png ([ab])$", capsys.readouterr().out, re.M)
     right = [name == "ab"[labels[int(i)]] for i, name in told]
     assert len(right) == len(labels) + 1 and sum(right) > 0.8 * len(right)
