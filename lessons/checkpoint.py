@@ -63,27 +63,25 @@ def parser(doc, images=400):
     return p
 
 
-def padded(x, margin, centred):
-    """Images (N, 3, H, W) with `margin` more rows and columns, copies of those at the edge."""
-    before = margin // 2 if centred else 0
+def padded(x, margin):
+    """Images (N, 3, H, W) with `margin` more rows and columns, copies of those at the edges."""
+    before = margin // 2
     return F.pad(x, (before, margin - before) * 2, mode="replicate")
 
 
 class Overlapping(nn.Module):
     """Embed overlapping patches, `times` as many along a side: (N, 3, H, W) -> (N, D, t H / P,
-    t W / P), one starting at each square of P / t pixels. This gives a trained network a finer grid
-    of tokens (Amir et al. 2021, arXiv 2112.05814). At the bottom and the right an image is padded
-    with the pixels of its edge; if `centred`, on all sides, so that patches are centred on their
-    squares, as for views that are mirrored."""
+    t W / P), one centred on each square of P / t pixels. This gives a trained network a finer grid
+    of tokens (Amir et al. 2021, arXiv 2112.05814). Images are padded with the pixels of their
+    edges."""
 
     def __init__(self, embed, patch, times):
         super().__init__()
         self.embed, self.patch, self.step = embed, patch, patch // times
-        self.centred = False
 
     def forward(self, x):
         height, width = x.shape[2:]
-        x = padded(x, self.patch - self.step, self.centred)
+        x = padded(x, self.patch - self.step)
         rows = []
         for top in range(0, self.patch, self.step):
             row = [self.embed(x[:, :, top : top + height, left : left + width])
@@ -175,27 +173,24 @@ def per_patch(maps, patch):
     return F.avg_pool2d(maps.float().unsqueeze(1), patch).squeeze(1)
 
 
-def pixels(x, patch, step, centred=False):
-    """The pixels of the patch that begins at each square of `step` pixels, or is centred on it:
-    (N, 3, S, S) -> (N, S / step, S / step, 3 patch^2)."""
+def pixels(x, patch, step):
+    """The pixels of the patch that is centred on each square of `step` pixels: (N, 3, S, S) ->
+    (N, S / step, S / step, 3 patch^2)."""
     side = x.shape[-1] // step
-    x = padded(x, patch - step, centred)
+    x = padded(x, patch - step)
     return F.unfold(x, patch, stride=step).mT.unflatten(1, (side, side))
 
 
-def kinds_of_features(method, name, net, seed, run, centred=False):
+def kinds_of_features(method, name, net, seed, run):
     """What describes a patch: name -> f, images (N, 3, S, S) -> (N, h, w, D). The tokens of the
-    network, called `name`, those of one with random weights, and the patches' pixels. centred:
-    see Overlapping."""
+    network, called `name`, those of one with random weights, and the patches' pixels."""
     patch, step = run.args.patch_size, net.backbone.patch_size
     args = Namespace(**vars(run.args) | {"seed": seed})
     other = refine(method.build(args), patch // step)
-    for one in (net, other):
-        one.backbone.patch_embed.centred = centred
     return {
         name: lambda x: tokens(net, x, run)[1],
         "random weights": lambda x: tokens(other, x, run)[1],
-        "pixels": lambda x: pixels(x, patch, step, centred),
+        "pixels": lambda x: pixels(x, patch, step),
     }
 
 

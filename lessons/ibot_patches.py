@@ -140,7 +140,7 @@ def measure(net, x, labels, parts, seed, run):
         things = checkpoint.per_patch(things, step).flatten(1).unsqueeze(2)
         place = torch.where(things > 0.5, place, math.nan)
     rows, shown = [], {}
-    kinds = checkpoint.kinds_of_features(ibot, OURS, net, seed, run, centred=True)
+    kinds = checkpoint.kinds_of_features(ibot, OURS, net, seed, run)
     kinds[SYMMETRIC] = lambda x: symmetric(kinds["pixels"](x), run.args.patch_size)
     for name, f in kinds.items():
         centre = f(x).mean((0, 1, 2))

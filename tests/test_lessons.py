@@ -549,14 +549,14 @@ def test_overlapping_patches(times):
     net = torch.nn.Conv2d(3, 5, 8, 8)
     x = draw(2, 3, 16, 24, dtype=torch.float32)
     step = 8 // times
-    wide = torch.nn.functional.pad(x, (0, 8 - step) * 2, mode="replicate")
+    before = (8 - step) // 2
+    wide = torch.nn.functional.pad(x, (before, 8 - step - before) * 2, mode="replicate")
     oracle = torch.nn.functional.conv2d(wide, net.weight, net.bias, stride=step)
     found = checkpoint.Overlapping(net, 8, times)(x)
     assert found.shape == (2, 5, 2 * times, 3 * times) and torch.allclose(found, oracle, atol=1e-5)
-    one = checkpoint.Overlapping(net, 8, times)
-    for one.centred in (False, True):
-        rows = checkpoint.pixels(x[..., :16], 8, step, one.centred) @ net.weight.flatten(1).T
-        assert torch.allclose((rows + net.bias).movedim(3, 1), one(x[..., :16]), atol=1e-5)
+    rows = checkpoint.pixels(x[..., :16], 8, step) @ net.weight.flatten(1).T
+    found = checkpoint.Overlapping(net, 8, times)(x[..., :16])
+    assert torch.allclose((rows + net.bias).movedim(3, 1), found, atol=1e-5)
 
 
 def test_attention_masks():
@@ -622,7 +622,7 @@ def test_symmetric_pixels():
     patch by hand."""
     module, x = lesson("ibot_patches"), draw(2, 3, 16, 16, dtype=torch.float32)
     for step in (8, 4, 2):
-        a, b = (module.symmetric(checkpoint.pixels(images, 8, step, centred=True), 8)
+        a, b = (module.symmetric(checkpoint.pixels(images, 8, step), 8)
                 for images in (x, x.flip(3)))
         assert a.shape == (2, 16 // step, 16 // step, 192) and torch.equal(a, b.flip(2))
     row = torch.tensor([1, 2, 5, 0, 0, 3, 0, 4, 9, 9, 9, 9])
