@@ -179,7 +179,7 @@ def options(method, doc, table, argv=None):
     o("--limit", **FROM_1, help="use at most this many images of each split (all)")
     o("--workers", **FROM_0, default=cores(), help="threads that read files (one per core)")
     o("--memory-limit", **number(float, 0), default=memory(),
-      help="GB; a larger folder is streamed (8, or a quarter of the memory if less)")
+      help="GB; a larger folder is streamed (8, or a quarter of the memory if less; on Windows 2)")
     o = p.add_argument_group(
         "method", "defaults: built-in set | images up to 64 pixels (without a GPU: the first, "
         "changed by CPU in the file) | larger images").add_argument
@@ -293,7 +293,7 @@ def load_data(args, table, run, cpu=()):
     if args.labelled:  # first, as it is the smaller one
         data.probed = Data(args.labelled, args.data_dir)
         data.probed.read(*how)
-        data.labelled or fail(f"--labelled {args.labelled} has no labels, either")
+        data.labelled or fail(f"--labelled {args.labelled} has no labels (train/<class>/*), either")
     data.read(*how)
     run.probed = data.probed
     args.images = n = len(data.train.labels)
@@ -781,7 +781,7 @@ def memory():
     """GB for --memory-limit: 8 or, if less, a quarter of this process's share of the machine's
     memory, as a set is held twice for a while when it is read."""
     if not hasattr(os, "sysconf"):  # on Windows
-        return 8
+        return 2
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # the limit of a container: a number, or "max"
         size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
