@@ -1511,7 +1511,7 @@ def test_memory_limit_fits_the_machine(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda path: "max\n")
     assert tools.options(simclr, []).memory_limit == 8
     monkeypatch.delattr(os, "sysconf")
-    assert tools.options(simclr, []).memory_limit == 8
+    assert tools.options(simclr, []).memory_limit == 2
 
 
 @pytest.mark.parametrize("number, left", [(errno.EIO, 3), (errno.ENOENT, 0), (None, 0)])
