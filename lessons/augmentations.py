@@ -116,8 +116,8 @@ def answer(means):
     name = " and ".join(dict.fromkeys((second["first"], second["second"])))
     return shared.answer([best, best and above == len(others)], (
         f"crop and colour {ours['linear_top1']:.1f} %, the next best ({name}) "
-        f"{second['linear_top1']:.1f} %, none {none['linear_top1']:.1f} %. Of the other "
-        f"{len(others)}, {above} are above none by more than the noise, {below} below."))
+        f"{second['linear_top1']:.1f} %, none {none['linear_top1']:.1f} %. By more than the noise, "
+        f"above none: {above} of the other {len(others)}; below: {below}."))
 
 
 def report(own, rows):
