@@ -195,7 +195,7 @@ def test_a_small_set_is_one_batch():
     ("--epochs 0", "epochs"), ("--batch-size 1", "batch-size"), ("--seed -1", "seed"),
     ("--limit 0", "limit"), ("--amp fp8", "amp"), ("--no-such-option", "no-such-option"),
     ("--batch-size 4096", "batch-size"), ("--dataset nowhere", "nowhere"),
-    ("--device tpu", "this machine has"), ("--init none.pt", "none.pt"),
+    ("--device tpu", "finds cpu"), ("--init none.pt", "none.pt"),
     ("--eval none.pt", "none.pt"), ("--dataset {empty}", "no images"),
     ("--init a.pt --eval b.pt", "one of the two"),
     ("--out {empty}/file/run", "file/run"), ("--out " + 300 * "n", "too long")])
