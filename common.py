@@ -96,7 +96,7 @@ def write(path, content):
             try:
                 return os.replace(part, path)
             except PermissionError:  # on Windows, as long as somebody reads the file
-                if not pause:
+                if os.name != "nt" or not pause:
                     raise
                 time.sleep(pause)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch.save
@@ -143,9 +143,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """fail, and suggest an option for each unknown one that is spelled like it."""
         known = re.findall(r"--[\w-]+", self.format_help())
-        for word in re.findall(r"--[\w-]+", message.partition("unrecognized arguments: ")[2]):
-            for name in difflib.get_close_matches(word.replace("_", "-"), known, 1):
-                message += f" (did you mean {name}?)"
+        for word in re.findall(r"(?<!\S)--[\w-]+", message.partition("unrecognized ")[2]):
+            longer = [name for name in known if name.startswith(word)]
+            for name in (longer or difflib.get_close_matches(word, known))[:1]:
+                message += f" (for {word}, did you mean {name}?)"
         fail(message)
 
 
@@ -280,6 +281,9 @@ def load_data(args, table, run, cpu=()):
     made = recall(args)
     if made.get("arch", args.arch) not in (None, *table["arch"][3]["choices"]):
         fail(f"{args.eval} holds a {made['arch']}, which {args.method}.py does not have")
+    out, roots = run.folder.resolve(), [Path(s) for s in (args.dataset, args.labelled) if s]
+    if any(out.is_relative_to(root.resolve()) for root in roots) and find_images(out)[0]:
+        fail(f"--out {run.folder} is a folder of the images: give the run one of its own")
     data = Data(args.dataset, args.data_dir, args.limit)
     size = args.image_size or made.get("image_size") or math.inf
     side = data.side and min(data.side, size)
@@ -313,9 +317,6 @@ def load_data(args, table, run, cpu=()):
     if not args.eval and args.batch_size % run.world:
         fail(f"--batch-size {args.batch_size} is not a multiple of the number of processes, "
              f"{run.world}")
-    folders = {os.path.dirname(f) for f in items if isinstance(f, str)}
-    if any(Path(f).resolve().is_relative_to(run.folder.resolve()) for f in folders):
-        fail(f"--out {run.folder} is a folder of the images: give the run one of its own")
     if not len(data.val[1]) or (data.labelled and len(data.probed.fit[1]) < 2):
         fail("too few training images: one of a class with two is held out, and two must remain")
     data.per_epoch = max(n // args.batch_size, 1)
@@ -430,8 +431,6 @@ class Run:
             os.close(self.lock)
         if kind and self.step == 0 and not self.args.resume and main_process():
             (self.folder / "args.json").unlink(missing_ok=True)  # the folder is free again
-            with contextlib.suppress(OSError):  # not empty
-                self.folder.rmdir()
         if kind is KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
@@ -1328,12 +1327,13 @@ def rgb(image):
     """A Pillow image of any kind -> 8-bit RGB, transparent pixels on white.
 
     Deeper images are scaled by the range they use: from 0, or their least value if lower, to the
-    first of 1, 3, 7, 15, ..., the maxima of 1, 2, 3, ... bits, that not even a thousandth of the
-    pixels (broken ones) exceeds.
+    first of 1, 3, 7, 15, ..., the maxima of 1, 2, 3, ... bits, that suffices. A thousandth of the
+    pixels, which may be broken, does not count at either end.
     """
     if image.mode[0] in "IF":  # modes that Pillow would clip
         a = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        low, most = min(a.min(), 0), max(np.quantile(a, 0.999, method="lower"), 1)
+        low = min(np.quantile(a, 0.001, method="higher"), 0)
+        most = max(np.quantile(a, 0.999, method="lower"), 1)
         top = 2.0 ** math.ceil(math.log2(most + 1)) - 1
         image = Image.fromarray(np.uint8(np.clip((a - low) / (top - low), 0, 1) * 255))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -1402,14 +1402,15 @@ def report_odd(files, images):
     for file in files:
         with contextlib.suppress(Exception), Image.open(file) as image:
             deep += image.mode[0] in "IF"
-            pages += getattr(image, "n_frames", 1) > 1
+            image.seek(1)  # an error if there is one page; to count them all can take minutes
+            pages += image.format != "MPO"  # a photograph and its preview
     plain = sum(image.max() < 32 or image.min() > 223 for image in images)
-    odd = {"are deeper than 8 bits: each is scaled by the range it uses": deep,
-           "have several pages: the first is used": pages,
-           "are almost black or almost white: look at views.png": plain}
+    odd = {"deeper than 8 bits, each scaled by the range it uses": deep,
+           "with several pages, of which the first is used": pages,
+           "almost black or almost white, look at views.png": plain}
     for what, count in odd.items():
         if count:
-            print(f"{count} of {len(files)} images looked at {what}")
+            print(f"sample of {len(files)} images: {count} {what}")
     if images and not any(np.ptp(image, 2).any() for image in images):
         print("grey images: all three channels are the same")
 

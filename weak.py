@@ -661,8 +661,9 @@ def noisy(args, data, run):
     P = transition(args.noise, args.rate, args.classes)[data.train.labels]  # (n, C)
     given = torch.multinomial(P, 1, generator=mix).squeeze(1).to(run.device)
     true = data.train.labels.to(run.device)
-    wrong = (given != true).double().mean()
-    print(f"{100 * wrong:.1f} % of the labels were made wrong")
+    wrong = (given != true)[data.fit[1]]
+    share = wrong.double().mean()
+    print(f"{100 * share:.1f} % of the labels were made wrong")
 
     def losses(s, index, step):
         keep = keep_rate(step // data.per_epoch, args.rate, args.keep_warmup)
@@ -761,7 +762,6 @@ def train(args, run):
     for other in net.others.values() if not args.classifies else ():  # only a backbone was loaded
         other.backbone.load_state_dict(net.backbone.state_dict())
     theirs = made.get("names")  # none if its images had no labels
-    args.ceiling_trained = bool(theirs if args.eval else args.names)
     same = theirs == args.names if theirs else len(args.names) == args.classes
     if args.eval and args.names and not same:
         print("the file was trained on other classes than these: no accuracies")
@@ -874,8 +874,9 @@ def evaluate(net, data, args, run, test=False):
                 if best:
                     found[f"best_val_{k}"] = max(best)
         *_, floor, ceiling = NETWORKS[args.task]
-        if not args.ceiling_trained:  # the labels of the training images were not known
-            del found[f"{ceiling}_accuracy"]
+        made = common.recall(args)  # {} without --eval
+        if args.task == "labeling" and args.eval and not made.get("names"):
+            del found["truth_accuracy"]  # it was not known when the networks were trained
             ceiling = "none"
         print(f"\n{len(part[1]):,} {kind} images, %; floor: {floor}, ceiling: {ceiling}")
         for k, v in found.items():

@@ -64,7 +64,7 @@ class Labelled:
 
     def __init__(self, data, hide=False):
         self.data, self.labels = data, data.train.labels
-        if hide:
+        if hide and data.val[0] is data.train:
             self.labels = self.labels.index_fill(0, data.val[1], -100)
 
     def epoch(self, *given):

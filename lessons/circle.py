@@ -48,7 +48,7 @@ class StepRun(common.Run):
         super().log(ok, **figures)
         z1, z2 = (z.detach() for z in self.z[-2:])
         self.z.clear()
-        if self.step in STEPS:
+        if self.step in STEPS or self.step == self.steps:
             found = common.health(z1, z1, z2)
             self.kept.append({"step": self.step} | {k: found[k] for k in TERMS})
 
@@ -121,6 +121,7 @@ def answer(means, top1):
 
 def main(argv=None):
     own, options = shared.parser(__doc__, "circle", epochs=12).parse_known_args(argv)
+    shared.refuse(options, "--dim")
     rows, circles, top1 = [], {}, {}
     options = ["--dim", 2, "--eval-every", 0, *options]
     for seed in range(own.seeds):

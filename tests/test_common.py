@@ -350,7 +350,8 @@ def test_out_of_memory(tmp_path, capsys):
 
     cuda = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     mps = RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB")
-    for error in (None, MemoryError(), cuda, mps):
+    windows = RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+    for error in (None, MemoryError(), cuda, mps, windows):
         words = fails(lambda: call(error), capsys)  # noqa: B023
         assert "the memory of cpu is not enough" in words and "--batch-size, now 64" in words
         assert not (tmp_path / "run" / "args.json").exists()  # the folder is free again
@@ -1371,10 +1372,13 @@ def test_folders_by_unusual_names(tmp_path, monkeypatch, capsys):
 
 
 def test_odd_images_are_told_of(tmp_path, capsys):
-    """Those that are deep, have pages, or have become black or white."""
+    """Those that are deep, have pages, or have become black or white, in a sample from all over."""
     tree(tmp_path, **{"": 3})
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ((35, 0, 0), (255, 220, 255))]
+    frames[0].save(tmp_path / "preview.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    frames[1].save(tmp_path / "light.png")
     common.Data(str(tmp_path))
-    assert "looked at" not in capsys.readouterr().out
+    assert "sample" not in capsys.readouterr().out
     frames = [Image.new("L", (20, 20), 100 + i) for i in range(2)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     Image.new("RGB", (20, 20), (9, 20, 3)).save(tmp_path / "b.png")
@@ -1384,9 +1388,14 @@ def test_odd_images_are_told_of(tmp_path, capsys):
     (tmp_path / "broken.png").touch()
     common.Data(str(tmp_path))
     out = capsys.readouterr().out
-    for told in ("3 of 10 images looked at are deeper than 8 bits", "1 of 10 images looked at have",
-                 "2 of 10 images looked at are almost black or almost white"):
-        assert told in out
+    for told in ("3 deeper than 8 bits", "1 with several pages", "2 almost black or almost white"):
+        assert f"sample of 12 images: {told}" in out
+    for i in range(200):
+        Image.new("L", (20, 20), 100).save(tmp_path / f"a{i}.png")
+        Image.new("L", (20, 20), 0).save(tmp_path / f"e{i}.png")
+    common.Data(str(tmp_path))
+    black = re.search(r"sample of 64 images: (\d+) almost", capsys.readouterr().out)[1]
+    assert 15 < int(black) < 49
 
 
 def test_grey_images_are_named(tmp_path, capsys):
@@ -1549,10 +1558,12 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch
     """destroy_process_group may do so, while they wait for it."""
     left = []
     monkeypatch.setattr(common.atexit, "unregister", left.append)
-    for error, stopped, count in ((None, 0, 0), (ZeroDivisionError, 0, 1), (SystemExit, 15, 1)):
+    for world, error, stopped, count in (
+            (2, None, 0, 0), (1, ZeroDivisionError, 0, 0), (2, ZeroDivisionError, 0, 1),
+            (2, SystemExit, 15, 1)):
         with contextlib.suppress(ZeroDivisionError, SystemExit), opened(
                 "--out", tmp_path / "run") as run:
-            run.world, run.stopped = 2, stopped
+            run.world, run.stopped = world, stopped
             if error:
                 raise error
         assert left == [common.dist.destroy_process_group] * count

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -346,45 +347,54 @@ def test_two_images_are_too_few(b, tmp_path, capsys):
 
 
 def test_a_run_is_not_put_among_its_images(tmp_path, capsys):
-    """They would be taken for those of the run, and be gone when it is resumed. Beside them, in a
-    folder of its own, a run is left out. A run that fails leaves no folder."""
-    tree(tmp_path, train__a=20, train__b=20)
-    argv = [*TINY, "--dataset", tmp_path, "--out"]
-    for out in (".", "train", "train/a"):
-        error = refused(simclr, [*argv, tmp_path / out], capsys)
-        assert "is a folder of the images" in error
-        assert not (tmp_path / out / "args.json").exists() and (tmp_path / out).exists()
-    assert "over the number" in refused(simclr, [*argv, tmp_path / "run", "--batch-size", 64],
-                                        capsys)
-    assert not (tmp_path / "run").exists()
-    train(simclr, [*argv, tmp_path / "train" / "run"])
-    assert found(tmp_path, capsys)[0] == {"train": 36, "test": 4}
+    """They would be taken for those of the run, and be gone when it is resumed. Above them, or
+    beside them in a folder of its own, a run is left out."""
+    data = tmp_path / "data"
+    tree(data, train__a=20, train__b=20, test__a=2)
+    tree(tmp_path / "flat", **{"": 40})
+    argv = [*TINY, "--epochs", 1, "--dataset", data, "--out"]
+    for out in (".", "train", "train/a", "test/a"):
+        for more in ([], ["--dataset", tmp_path / "flat", "--labelled", data / "train" / ".."]):
+            error = refused(simclr, [*argv, data / out, *more], capsys)
+            assert "is a folder of the images" in error
+            assert (data / out).exists() and not (data / out / "args.json").exists()
+    assert "over the number" in refused(simclr, [*argv, data / "run", "--batch-size", 64], capsys)
+    for out in (data / "train" / "run", tmp_path):
+        quiet(simclr, [*argv, out])
+        assert found(data, capsys)[0] == {"train": 40, "test": 2}
 
 
 def test_an_option_that_is_misspelled(capsys):
-    for word, name in (("--labeled", "--labelled"), ("--image_size=64", "--image-size")):
-        assert fails(lambda: options(simclr, [word]), capsys).endswith(  # noqa: B023
-            f"unrecognized arguments: {word} (did you mean {name}?)\n")
-    assert "did you mean" not in fails(lambda: options(simclr, ["--xyz", "1", "2"]), capsys)
+    for word, name in (("--labeled", "--labelled"), ("--image_size", "--image-size"),
+                       ("--batch", "--batch-size")):
+        error = fails(lambda: options(simclr, [f"{word}=64"]), capsys)  # noqa: B023
+        assert error == (f"error: unrecognized arguments: {word}=64 (for {word}, did you mean "
+                         f"{name}?)\n")
+    for argv in (["--xyz", "1"], ["--zzz", "my--data"]):
+        assert "did you mean" not in fails(lambda: options(simclr, argv), capsys)  # noqa: B023
 
 
 def test_a_file_that_somebody_reads_is_replaced_later(tmp_path, monkeypatch, capsys):
     """On Windows an open file cannot be replaced."""
     replace, waits = os.replace, []
     monkeypatch.setattr(common.time, "sleep", waits.append)
+    windows = SimpleNamespace(name="nt", replace=lambda a, b: locked(a, b), getpid=os.getpid)
+    monkeypatch.setattr(common, "os", windows)
 
     def locked(a, b):
         if len(waits) < free:
             raise PermissionError(13, "it is open")
         replace(a, b)
 
-    monkeypatch.setattr(os, "replace", locked)
     for free in (0, 2):
         common.write(tmp_path / "a.txt", str(free))
         assert (tmp_path / "a.txt").read_text() == str(free) and len(waits) == free
     free = 99
     assert "it is open" in fails(lambda: common.write(tmp_path / "a.txt", "99"), capsys)
-    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"] and len(waits) == 5
+    windows.name = "posix"
+    assert "it is open" in fails(lambda: common.write(tmp_path / "a.txt", "99"), capsys)
+    assert len(waits) == 5
 
 
 def test_the_last_table_says_on_how_many_images(tmp_path):
@@ -424,9 +434,10 @@ RAMP = np.linspace(0, 1, 400).reshape(20, 20)
     (1e6 * RAMP, 0, 243), (np.where(RAMP > 0, RAMP, np.nan), 0, 255),
     (np.where(RAMP > 0, 200 * RAMP, np.inf), 0, 200), (0 * RAMP - 5, 0, 0), (12 * RAMP, 0, 204),
     (1.1 * RAMP, 0, 93), (np.where(RAMP < 1, 1000 * RAMP, 65535), 0, 255),
-    (70 * RAMP + 20, 40, 181), (255 * RAMP, 0, 255), (65535 * RAMP, 0, 255)],
+    (70 * RAMP + 20, 40, 180), (255 * RAMP, 0, 255), (65535 * RAMP, 0, 255),
+    (np.where(RAMP > 0, 200 * RAMP + 20, -9999), 0, 220)],
     ids="negative all-negative hounsfield large nan inf flat counts quotient hot-pixel dim 8-bit "
-        "16-bit".split())
+        "16-bit no-data".split())
 def test_deep_images_of_any_range(values, low, high, tmp_path):
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "a.tif")
     pixels = common.read_image(tmp_path / "a.tif", 20)

@@ -12,7 +12,7 @@ import pytest
 from tools import METHODS, ROOT
 
 CAPS = {"simclr": 230, "byol": 250, "moco": 290, "dino": 441, "ibot": 520, "dinov2": 607,
-        "pretext": 565, "weak": 527, "common": 1210}  # lines of code
+        "pretext": 565, "weak": 528, "common": 1211}  # lines of code
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in [*METHODS, "common"]}
 README = (ROOT / "README.md").read_text()
 BANNERS = ["Options", "Augmentation", "Model", "Loss", "EMA / queue / centre", "Training",

@@ -91,6 +91,32 @@ def test_measures_on_the_circle_are_of_what_the_loss_gets(tmp_path, monkeypatch)
                          "uniformity": got[i - 1]["uniformity"]} for i in (1, 3)]
 
 
+def test_the_network_before_training_is_that_of_a_step(tmp_path):
+    """Evaluated with the first statistics of batch norm, all its z would be alike."""
+    module, argv = lesson("circle"), [*TINY, "--dim", 2, "--out", tmp_path / "run"]
+    _, data, run = train(simclr, argv, module.StepRun)
+    x = common.toys(64, 16, 0)[0] / 255
+
+    def uniformity(net):
+        z = net.eval()(x)[1].detach()
+        return common.health(z, z, z)["uniformity"]
+
+    assert uniformity(module.untrained(data, run)) < -0.4 < uniformity(simclr.build(run.args)) / 4
+
+
+def test_labels_are_not_those_of_the_test(tmp_path, monkeypatch):
+    """The network with labels learns none of the images that it is evaluated on."""
+    module, given = lesson("competing"), []
+    labelled = module.supervised.Labelled
+    monkeypatch.setattr(module.supervised, "Labelled", lambda data, hide: (
+        given.append((data, labelled(data, hide).labels)), labelled(data, hide))[1])
+    own = module.shared.parser("", "competing", epochs=1).parse_args(["--runs", str(tmp_path)])
+    module.with_labels(simclr, own, "labels", 0, TINY, functools.partial(module.MarkedRun, 1))
+    (data, labels), = given
+    assert (labels[data.val[1]] == -100).all() and len(data.val[1]) > 2
+    assert torch.equal(labels[data.fit[1]], data.train.labels[data.fit[1]])
+
+
 def test_answer_of_circle():
     """Both forces have to show: together first, then apart."""
     def row(step, alignment, uniformity):

@@ -872,6 +872,10 @@ def test_classes_that_votes_alone_have_named(tmp_path):
     results, out = quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset",
                                 tmp_path / "labelled", "--out", tmp_path / "eval"])
     assert "other classes" in out and "label_model_accuracy" not in results
+    path.write_text("".join(f"{tmp_path}/photos/{i}.png,{i % 2 * 2}\n" for i in range(60)))
+    _, out = quiet(weak, [*TINY, "--votes", path, "--dataset", tmp_path / "photos", "--out",
+                          tmp_path / "two"])
+    assert "warning: no source votes for class 1 (the first is 0)\n" in out
     quiet(weak, [*TINY, "--eval", tmp_path / "run" / "last.pt", "--dataset", tmp_path / "photos",
                  "--embed", tmp_path / "h.npz", "--out", tmp_path / "eval"])
     assert np.load(tmp_path / "h.npz")["p"].shape == (48, 3)
