@@ -1548,7 +1548,7 @@ def test_processes_that_find_other_images_stop_at_once(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(common.dist, "all_gather_object", gather)
     argv = [*TINY, "--batch-size", "4", "--dataset", tree(tmp_path, **TRAIN)]
-    run = SimpleNamespace(folder=tmp_path, device=CPU, world=2)
+    run = SimpleNamespace(folder=tmp_path / "run", device=CPU, world=2)
     args = tools.options(simclr, argv)
     error = fails(lambda: common.load_data(args, simclr.OPTIONS, run, simclr.CPU), capsys)
     assert f"the same images: {args.images}, {args.images + there[0]}" in error

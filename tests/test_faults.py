@@ -378,7 +378,8 @@ def test_a_file_that_somebody_reads_is_replaced_later(tmp_path, monkeypatch, cap
     """On Windows an open file cannot be replaced."""
     replace, waits = os.replace, []
     monkeypatch.setattr(common.time, "sleep", waits.append)
-    windows = SimpleNamespace(name="nt", replace=lambda a, b: locked(a, b), getpid=os.getpid)
+    windows = SimpleNamespace(name="nt", replace=lambda a, b: locked(a, b), getpid=os.getpid,
+                              environ=os.environ)
     monkeypatch.setattr(common, "os", windows)
 
     def locked(a, b):
